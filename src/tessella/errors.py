@@ -1,0 +1,45 @@
+"""The tree of errors a caller can catch.
+
+Every error that a user's input can cause is a TessellaError whose message holds the value, the limit and a way out.
+Our own mistakes are assertions and are not caught anywhere.
+"""
+
+
+class TessellaError(Exception):
+    """Something a person can mend; str(error) says what was wrong, the limit, and the way out."""
+
+
+class ConfigError(TessellaError):
+    """A model's config.json, a recipe or an option holds a value that we cannot honour."""
+
+
+class CheckpointError(TessellaError):
+    """A model folder is missing, incomplete, inconsistent, or must not be written over."""
+
+
+class ImageError(TessellaError):
+    """A picture is missing, is not a picture, is damaged, or is larger than the limit."""
+
+
+class PromptError(TessellaError):
+    """Messages that cannot be rendered: unknown role, wrong number of pictures, wrong order."""
+
+
+class ContextError(PromptError):
+    """A prompt that is longer than the model's context."""
+
+
+class DataError(TessellaError):
+    """A dataset that is empty, broken, or too bad to train on."""
+
+
+class TrainingError(TessellaError):
+    """A run that cannot start, resume or go on: another recipe, a non-finite loss, no room on the disk."""
+
+
+class MemoryError_(TessellaError):
+    """Out of memory, with the estimate and what to lower."""
+
+
+class DownloadError(TessellaError):
+    """A part of the built-in model could not be fetched, or came with the wrong hash."""

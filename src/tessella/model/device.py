@@ -1,0 +1,43 @@
+"""Where a model runs and in which number type, chosen by itself or told.
+
+In: "auto" or a name.  Out: torch.device and torch.dtype.
+"""
+
+import torch
+
+from tessella.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" takes cuda, then mps, then cpu. Raises ConfigError for a device that is not here."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in have.items() if here))
+    kind = name.split(":")[0]
+    if not have.get(kind, False):
+        here = ", ".join(kind for kind, is_here in have.items() if is_here)
+        raise ConfigError(f'device "{name}" is not on this machine; it has {here}, or say auto')
+    device = torch.device(name)
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f'device "{name}" is not on this machine; it has {torch.cuda.device_count()} GPU(s), counted from 0')
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" takes bfloat16 where the device multiplies it in hardware, else float32. Raises ConfigError."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f'dtype "{name}" is not known; say auto, {", ".join(DTYPES)}')
+    return DTYPES[name]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware there (CPU: AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False

@@ -1,0 +1,94 @@
+"""The decoder: embeddings become logits. One file for the InternLM2, Llama and Qwen2 shapes.
+
+In: embeddings (T, D) of all rows back to back.  Out: hidden states (T, D), then logits (T, V).
+T tokens, D width, V vocabulary, Hq and Hk heads of width d.  Parameter names are Llama's in the official checkpoint;
+checkpoint/names.py maps InternLM2's fused tensors onto them.
+Source: modeling_internlm2.py of OpenGVLab/InternVL at 2410d1d; Llama and Qwen2 of huggingface/transformers.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella.config import LanguageConfig
+from tessella.model.attend import Attend
+from tessella.model.layers import RMSNorm, rotary, rotate
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        d, width = config.head_dim, config.hidden_size
+        self.layer, self.head_dim = layer, d
+        self.q_proj = nn.Linear(width, config.num_heads * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * d, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * d, width, bias=config.output_bias)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        seen = attend(self.layer, rotate(q, *turn), rotate(k, *turn), v)
+        return self.o_proj(seen.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Source: arXiv:2002.05202."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LanguageConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """Decoder and head. A tied head has no parameter of its own and reads the embedding table."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (T,) -> embeddings (T, D)."""
+        return self.model.embed_tokens(ids)
+
+    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int) -> Tensor:
+        """embeddings (T, D), positions (T,) within each row -> normed hidden states (T, D).
+
+        length: tokens of the longest row when the run is over; it alone decides whether RoPE is stretched, so that a
+        cached run and an uncached one turn by the same angles.
+        """
+        turn = rotary(self.config, positions, length, embeddings.dtype)
+        x = embeddings
+        for layer in self.model.layers:
+            x = layer(x, turn, attend)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (T, D) -> logits (T, V)."""
+        return F.linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)

@@ -1,0 +1,52 @@
+"""The small parts that tower and decoder share: RMSNorm and rotary positions.
+
+T tokens, H heads, D width of a head, C width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tessella.config import LanguageConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square in float32, then by a learned weight. x (..., C) -> (..., C). Source: arXiv:1910.07467."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The statistic is float32 whatever x is, and the weight multiplies last, as in InternLM2, Llama and Qwen2.
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_base(config: LanguageConfig, length: int) -> float:
+    """The base of the rotary angles for a run of length tokens.
+
+    Within the trained length it is rope_theta. Beyond it, dynamic NTK: theta * (f * L / max - (f - 1)) ** (d / (d - 2)).
+    Source: modeling_internlm2.py of OpenGVLab/InternVL at 2410d1d, InternLM2DynamicNTKScalingRotaryEmbedding.
+    """
+    factor, limit, d = config.rope_dynamic_factor, config.max_positions, config.head_dim
+    if factor is None or length <= limit:
+        return config.rope_theta
+    return config.rope_theta * (factor * length / limit - (factor - 1)) ** (d / (d - 2))
+
+
+def rotary(config: LanguageConfig, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """positions (T,) -> cosine and sine, each (T, 1, D), for rotate_half. Angles are computed in float32."""
+    d = config.head_dim
+    base = rope_base(config, length)
+    frequency = 1.0 / base ** (torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
+    angle = positions.float()[:, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)[:, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the two halves of each head against each other. x (T, H, D), cosine and sine (T, 1, D) -> (T, H, D)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-high, low), dim=-1) * sine

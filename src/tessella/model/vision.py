@@ -1,0 +1,120 @@
+"""InternViT: tiles become patch features.
+
+In: tiles (N, 3, S, S), normalised.  Out: features (N, P, P, C), class token dropped.
+N tiles, S side in px, P patches a side, C width.  Parameter names are those of the official checkpoint.
+Source: modeling_intern_vit.py of OpenGVLab/InternVL at 2410d1d.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessella.config import VisionConfig
+from tessella.model.layers import RMSNorm
+
+
+def make_norm(config: VisionConfig) -> nn.Module:
+    if config.norm == "rms_norm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class Embeddings(nn.Module):
+    """Patches, a class token in front, and learned positions that are resized bicubically for other grids."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        c, p = config.hidden_size, config.patch_size_px
+        self.grid = config.image_size_px // p
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, c))
+        self.patch_embedding = nn.Conv2d(3, c, kernel_size=p, stride=p)
+        self.position_embedding = nn.Parameter(torch.randn(1, self.grid**2 + 1, c))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """tiles (N, 3, S, S) -> (N, 1 + P * P, C)."""
+        patches = self.patch_embedding(tiles)
+        height, width = patches.shape[-2:]
+        patches = patches.flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.class_embedding.expand(len(tiles), -1, -1).to(patches.dtype), patches), dim=1)
+        return tokens + self.positions(height, width).to(tokens.dtype)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The position table (1, 1 + height * width, C), resized in float32 when the grid is not the trained one."""
+        if (height, width) == (self.grid, self.grid):
+            return self.position_embedding
+        first, table = self.position_embedding[:, :1], self.position_embedding[:, 1:]
+        table = table.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
+        table = table.flatten(2).transpose(1, 2).to(first.dtype)
+        return torch.cat((first, table), dim=1)
+
+
+class Attention(nn.Module):
+    """Full self-attention; qk-norm, where there is one, spans the whole width before the heads are split."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        c = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(c, 3 * c, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (y.reshape(n, t, self.num_heads, -1).transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)) * ls1, then x + mlp(norm2(x)) * ls2; ls1 and ls2 are the learned layer scales."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+        self.norm1 = make_norm(config)
+        self.norm2 = make_norm(config)
+        self.ls1 = nn.Parameter(config.layer_scale_init * torch.ones(config.hidden_size))
+        self.ls2 = nn.Parameter(config.layer_scale_init * torch.ones(config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x)) * self.ls1
+        return x + self.mlp(self.norm2(x)) * self.ls2
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+
+class VisionTower(nn.Module):
+    """InternViT up to a chosen layer. select_layer counts like hidden_states: 0 the embeddings, -1 the last layer."""
+
+    def __init__(self, config: VisionConfig, select_layer: int = -1):
+        super().__init__()
+        self.config = config
+        self.depth = select_layer if select_layer >= 0 else config.num_layers + 1 + select_layer
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """tiles (N, 3, S, S), normalised -> features (N, P, P, C)."""
+        x = self.embeddings(tiles)
+        for layer in self.encoder.layers[: self.depth]:
+            x = layer(x)
+        side = tiles.shape[-1] // self.config.patch_size_px
+        return x[:, 1:].unflatten(1, (-1, side))

@@ -1,0 +1,61 @@
+"""Tower, connector and decoder joined: visual tokens are set into the slots of the text's embeddings.
+
+In: ids (T,) of all rows back to back, slots (T,) true where a visual token goes, tiles (N, 3, S, S).
+Out: hidden states (T, D); the caller asks for the logits it needs.
+Source: modeling_internvl_chat.py of OpenGVLab/InternVL at 2410d1d.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tessella.config import ModelConfig
+from tessella.image import normalise
+from tessella.model.attend import Attend
+from tessella.model.connectors import PixelShuffleMLP
+from tessella.model.language import LanguageModel
+from tessella.model.vision import VisionTower
+
+
+class VisionLanguageModel(nn.Module):
+    """InternVL. connector makes the module that turns features (N, P, P, C) into visual tokens (N, slots, D)."""
+
+    def __init__(self, config: ModelConfig, connector: Callable[[ModelConfig], nn.Module] = PixelShuffleMLP):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config.vision, config.select_layer)
+        self.mlp1 = connector(config)
+        self.language_model = LanguageModel(config.language)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    def features(self, tiles: Tensor) -> Tensor:
+        """tiles (N, 3, S, S) uint8 -> features (N, P, P, C); the part that a frozen tower computes once."""
+        return self.vision_model(normalise(tiles, self.vision_model.embeddings.patch_embedding.weight.dtype))
+
+    def visual_tokens(self, tiles: Tensor) -> Tensor:
+        """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D)."""
+        return self.mlp1(self.features(tiles))
+
+    def embed(self, ids: Tensor, slots: Tensor, visual: Tensor | None) -> Tensor:
+        """ids (T,), slots (T,) bool, visual (N, slots, D) or None without pictures -> embeddings (T, D)."""
+        embeddings = self.language_model.embed(ids)
+        if visual is None:
+            return embeddings
+        assert int(slots.sum()) == visual.shape[0] * visual.shape[1], "slots and visual tokens differ in number"
+        return embeddings.masked_scatter(slots[:, None], visual.to(embeddings.dtype))
+
+    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int) -> Tensor:
+        """embeddings (T, D), positions (T,) -> hidden states (T, D); length as in LanguageModel.forward."""
+        return self.language_model(embeddings, positions, attend, length)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (T, D) -> logits (T, V)."""
+        return self.language_model.logits(hidden)
