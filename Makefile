@@ -1,0 +1,44 @@
+# Two commands matter: make demo and make test. Both set .venv up on first use and reuse it afterwards.
+PYTHON ?= python3
+# Extra words for pip, for instance another index that has torch without CUDA.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := src tests recipes
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(READY) ## .venv with everything that the rest needs, made once
+
+# The stamp is newer than what it was made from, or pip runs again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Tessella needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,test]'
+	@touch $@
+
+demo: $(READY) ## ask, teach, convert, compare, ask again: the whole story on this machine's CPU
+	$(BIN)/tessella demo $(DEMO_ARGS)
+
+test: $(READY) ## every test that this machine can run
+	$(BIN)/python -m pytest -n 2 -q
+
+check: $(READY) ## style, types, floors
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+format: $(READY) ## put the style right
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## take .venv and what the tools left away
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

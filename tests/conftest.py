@@ -1,0 +1,23 @@
+"""What every test gets: two torch threads, a fixed seed, and no gpu tests where there is no CUDA device."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two workers share two cores in `make test`; more threads than cores make small matrices slower, not faster.
+    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
