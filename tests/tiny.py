@@ -1,0 +1,138 @@
+"""Tiny random models and official folders with a real tokenizer, for every test that needs one.
+
+In: an architecture ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM").  Out: ModelConfig, model, or folder.
+The weights are random with a spread that makes logits differ clearly (their standard deviation is about 1).
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
+from tessella.checkpoint.names import join, official_name
+from tessella.config import LanguageConfig, ModelConfig, VisionConfig
+from tessella.model.vision_language import VisionLanguageModel
+
+ARCHITECTURES = ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
+TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "LlamaForCausalLM": "chatml", "Qwen2ForCausalLM": "Hermes-2"}
+CONTROL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|plugin|>", "<|interpreter|>", "<|action_end|>")
+CONTROL_TOKENS += ("<|action_start|>", "<|im_end|>", "<|im_start|>")
+IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+TEXTS = (
+    "What is in this picture? It is a red apple on a white plate.",
+    "Please describe the image shortly. There are 3 bowls of rice and 12 dumplings.",
+    "You are an AI assistant. What is the capital of France? The capital of France is Paris.",
+    "system user assistant Image-1: Image-2: question answer photo dish food name the",
+    "图中是什么食物？这是红烧肉。请描述图片。你好，我是一个模型。",
+)
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level BPE of 512 entries taught on TEXTS, then the control tokens and InternVL's nine."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(CONTROL_TOKENS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS])
+    return tokenizer
+
+
+def tiny_config(architecture: str, *, tie_embeddings: bool = False) -> ModelConfig:
+    """56 px tiles of 4 visual tokens, 2 layers of tower, 2 of decoder with grouped queries; each family's own flags."""
+    is_internlm2, is_qwen2 = architecture == "InternLM2ForCausalLM", architecture == "Qwen2ForCausalLM"
+    language = LanguageConfig(
+        architecture=architecture,
+        vocab_size=tiny_tokenizer().get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_dynamic_factor=2.0 if is_internlm2 else None,
+        max_positions=4096,
+        qkv_bias=is_qwen2,
+        tie_embeddings=tie_embeddings,
+    )
+    vision = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, image_size_px=56, layer_scale_init=0.5)
+    return ModelConfig(vision, language, TEMPLATES[architecture], tile_size_px=56, max_tiles=12, context_tokens=4096)
+
+
+def tiny_model(config: ModelConfig, seed: int = 0) -> VisionLanguageModel:
+    """A model of that config with seeded random float32 weights, in eval mode."""
+    model = VisionLanguageModel(config)
+    chance = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=chance)
+            if weight.dim() == 1:  # norms and layer scales lie around their start, biases around 0
+                weight.copy_(0.1 * noise if name.endswith("bias") else weight + 0.1 * noise)
+            elif "embedding" in name or "embed_tokens" in name:
+                weight.copy_(noise if weight.dim() != 4 else noise / weight[0].numel() ** 0.5)
+            else:
+                weight.copy_(noise / weight[0].numel() ** 0.5)
+    return model.eval()
+
+
+def tiny_folder(
+    path: Path,
+    architecture: str,
+    seed: int = 0,
+    *,
+    sharded: bool = False,
+    dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+) -> Path:
+    """Write an official folder at path and give it back. sharded: two shards and an index."""
+    config = config or tiny_config(architecture)
+    model = tiny_model(config, seed)
+    ours = {name: weight.detach().to(dtype) for name, weight in model.named_parameters()}
+    names = dict.fromkeys(official_name(name, config.language) for name in ours)
+    state = {name: join(name, ours, config.language).contiguous() for name in names}
+    path.mkdir(parents=True, exist_ok=True)
+    write_weights(path, state, sharded)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(str(path / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|im_end|>")
+    bos = architecture == "InternLM2ForCausalLM"
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": bos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for file, content in {
+        "config.json": official_config(config, str(dtype).removeprefix("torch.")),
+        "generation_config.json": generation_config({}, [end]),
+        "preprocessor_config.json": preprocessor_config(config),
+        "tokenizer_config.json": tokens,
+    }.items():
+        (path / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return path
+
+
+def write_weights(path: Path, state: dict[str, Tensor], sharded: bool) -> None:
+    """model.safetensors, or two shards and their index."""
+    if not sharded:
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(state)
+    halves = {"model-00001-of-00002.safetensors": names[: len(names) // 2]}
+    halves["model-00002-of-00002.safetensors"] = names[len(names) // 2 :]
+    for file, part in halves.items():
+        save_file({name: state[name] for name in part}, path / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    total = sum(weight.numel() * weight.element_size() for weight in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
