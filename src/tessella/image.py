@@ -1,7 +1,7 @@
 """A picture becomes tiles: opened safely, brought to RGB, laid on the grid that fits it best, cut; the one home of the tile rule.
 
-In: a path, bytes, a data: URI or a PIL picture, and a TileRule.  Out: Tiles, pixels (N, 3, S, S) uint8, row by row, thumbnail last.
-N tiles, S side of a tile in pixels.
+In: a path, bytes, a data: URI or a PIL picture, and a TileRule.  Out: Tiles.
+pixels (N, 3, S, S) uint8, row by row, the thumbnail last.  N tiles, S side of a tile in pixels.
 Source of rule and numbers: dynamic_preprocess and build_transform of OpenGVLab/InternVL at 2410d1d, internvl/train/dataset.py.
 """
 
@@ -82,7 +82,8 @@ class TileRule:
             raise ConfigError(f"tile size is {self.size_px} px, must be at least 1")
         if not 1 <= self.min_tiles <= self.max_tiles <= MOST_TILES:
             raise ConfigError(
-                f"tiles run from {self.min_tiles} to {self.max_tiles}; must be 1 <= min <= max <= {MOST_TILES}: change --max-tiles"
+                f"tiles run from {self.min_tiles} to {self.max_tiles}; "
+                f"must be 1 <= min <= max <= {MOST_TILES}: change --max-tiles"
             )
 
 
