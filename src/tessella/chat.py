@@ -144,7 +144,7 @@ def _checked(messages: Sequence[Message], open_turn: bool) -> list[Message]:
         expected = ROLES[1 + index % 2]
         if turn.role != expected:
             raise PromptError(
-                f"turn {index + offset} is by the {turn.role}, must be by the {expected}: user and assistant take turns, user first"
+                f"turn {index + offset} is by the {turn.role}, must be by the {expected}: they take turns, user first"
             )
     if open_turn and spoken[-1].role == "assistant":
         raise PromptError(f"turn {len(turns)}, the last, is the assistant's; nothing to answer: end with a user turn")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -147,7 +147,7 @@ def cut_tiles(image: Image.Image, rule: TileRule) -> Tiles:
     pixels[:tiles].reshape(grid.rows, grid.columns, 3, side, side)[...] = cut
     if total > tiles:
         pixels[tiles] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    digests = tuple(hashlib.sha256(tile).hexdigest() for tile in pixels)
+    digests = tuple(hashlib.sha256(tile.data).hexdigest() for tile in pixels)
     return Tiles(torch.from_numpy(pixels), grid, image.width, image.height, digests)
 
 
@@ -216,7 +216,7 @@ def _opened(source: Source, name: str) -> Iterator[Image.Image]:
             yield image
 
 
-def _stream(source: str | Path | bytes, name: str) -> io.BufferedIOBase:
+def _stream(source: str | Path | bytes, name: str) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, str) and source[:5].lower() == "data:":
@@ -253,7 +253,7 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(known for known in FORMATS if known in Image.OPEN)  # AVIF and JPEG 2000 are missing from some builds
 
 
-def _parse_header(stream: io.BufferedIOBase, name: str) -> Image.Image:
+def _parse_header(stream: IO[bytes], name: str) -> Image.Image:
     formats = _readable_formats()
     try:
         with _BOMB_LOCK:  # Pillow's own limit warns or raises without the name; ours, checked next, stands in its place
