@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -60,6 +61,9 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._added = dict(added)
         self._ids = {token.name: token_id for token_id, token in added.items()}
+        if len(self._ids) < len(self._added):
+            twice = next(token.name for token_id, token in added.items() if self._ids[token.name] != token_id)
+            raise CheckpointError(f'the tokenizer gives two ids to "{twice}"; copy the tokenizer files from the base model again')
         self.vocab_size = max([vocabulary.size, *(token_id + 1 for token_id in added)])
         grounding = [name for name in GROUNDING if name in self._ids]
         self._grounding = re.compile(f"({'|'.join(map(re.escape, grounding))})") if grounding else None
@@ -77,13 +81,15 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             raw = _read_json(folder / "tokenizer.json")
             added = {**_json_tokens(raw), **added}
-            return cls(JsonVocabulary(raw, folder), added, _bos_id(config, raw, added))
+            vocabulary = JsonVocabulary(raw, folder)
+            return cls(vocabulary, added, _bos_id(config, raw, added, vocabulary))
         if (folder / "tokenizer.model").is_file():
             pieces = SentencePieces(folder / "tokenizer.model")
             added = {**pieces.control_tokens(), **added}
             return cls(pieces, added, pieces.bos_id() if config.get("add_bos_token", True) else None)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(JsonVocabulary(_qwen2(folder, config), folder), added, _bos_id(config, {}, added))
+            vocabulary = JsonVocabulary(_qwen2(folder, config), folder)
+            return cls(vocabulary, added, _bos_id(config, {}, added, vocabulary))
         raise CheckpointError(
             f"{folder} holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; copy the base model's"
         )
@@ -96,7 +102,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"character {error.start + 1} of the text is half a surrogate pair; save it as UTF-8 again") from error
+            raise PromptError(f"character {error.start + 1} is half a surrogate pair, no UTF-8; save the text again") from error
         if not grounding or self._grounding is None:
             return self._ordinary(text)
         ids: list[int] = []
@@ -108,11 +114,11 @@ class Tokenizer:
         ids = self._vocabulary.encode(text) if text else []
         if self._reserved is None or self._added.keys().isdisjoint(ids):
             return ids
-        found = self._reserved.search(text)
-        if found is None:  # an added token for unknown characters; it carries no power
+        cuts = [found.start() + 1 for found in self._reserved.finditer(text)]  # broken in two, a name is only letters
+        if not cuts:  # the token for unknown characters; it carries no power
             return ids
-        middle = found.start() + 1  # broken in two, a name is only letters
-        return self._ordinary(text[:middle]) + self._ordinary(text[middle:])
+        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        return [token_id for part in parts for token_id in self._ordinary(part)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, keep_grounding: bool = True) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD. Raises CheckpointError for an id outside the vocabulary."""
@@ -131,20 +137,19 @@ class Tokenizer:
         if found is None:
             found = self._vocabulary.find(token)
         if found is None:
-            raise CheckpointError(f'the tokenizer has no token "{token}" among {self.vocab_size:,}; use the tokenizer of the model')
+            raise CheckpointError(f'no token "{token}" among the tokenizer\'s {self.vocab_size:,}; use the model\'s tokenizer')
         return found
 
     def bytes_of(self, token_id: int, skip_special: bool, keep_grounding: bool) -> bytes:
         """What one id stands for in the text; b"" for a special token that is left out."""
         token = self._added.get(token_id)
         if token is not None:
-            kept = keep_grounding if token.name in GROUNDING else not (skip_special and token.special)
-            return token.name.encode() if kept or not skip_special else b""
-        if not 0 <= token_id < self._vocabulary.size:
-            if 0 <= token_id < self.vocab_size:
-                return b""  # a hole between vocabulary and added tokens
-            raise CheckpointError(f"id {token_id:,} is outside the tokenizer's {self.vocab_size:,}; use the tokenizer of the model")
-        return self._vocabulary.bytes_of(token_id)
+            left_out = not keep_grounding if token.name in GROUNDING else token.special
+            return b"" if skip_special and left_out else token.name.encode()
+        if not 0 <= token_id < self.vocab_size:
+            raise CheckpointError(f"id {token_id:,} is not among the tokenizer's {self.vocab_size:,}; use the model's tokenizer")
+        # Between vocabulary and added tokens there may be a hole.
+        return self._vocabulary.bytes_of(token_id) if token_id < self._vocabulary.size else b""
 
     @property
     def strips_first_space(self) -> bool:
@@ -189,7 +194,7 @@ class JsonVocabulary:
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and not kinds.keys() & {"ByteFallback", "Metaspace"}:
             names = ", ".join(kinds) or "none"
-            raise CheckpointError(f"{folder}/tokenizer.json: its decoder is {names}; known are ByteLevel, ByteFallback, Metaspace")
+            raise CheckpointError(f"{folder}: the tokenizer's decoder is {names}; known are ByteLevel, ByteFallback, Metaspace")
         metaspace = kinds.get("Metaspace", {})
         self.strip_first_space = "Strip" in kinds or metaspace.get("prepend_scheme", "never") != "never"
         ids = self._backend.get_vocab(with_added_tokens=False).values()
@@ -323,7 +328,9 @@ def _side_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Added]:
     return tokens
 
 
-def _bos_id(config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[int, Added]) -> int | None:
+def _bos_id(
+    config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[int, Added], vocabulary: Vocabulary
+) -> int | None:
     """The bos, if the files say that it goes in front: add_bos_token, else the post-processor of tokenizer.json."""
     token = config.get("bos_token")
     name = token.get("content") if isinstance(token, Mapping) else token
@@ -333,7 +340,7 @@ def _bos_id(config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[in
         name = front[0]
     if name is None or not (name in front if add is None else add):
         return None
-    return next((token_id for token_id, known in added.items() if known.name == name), None)
+    return next((token_id for token_id, known in added.items() if known.name == name), vocabulary.find(name))
 
 
 def _front_tokens(processor: Any) -> list[str]:
@@ -354,12 +361,16 @@ def _qwen2(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """vocab.json and merges.txt -> what a tokenizer.json would hold. Source: Qwen2Converter of transformers."""
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
     if kind not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
-        raise CheckpointError(f"{folder}: vocab.json with merges.txt is read for Qwen2Tokenizer, not {kind}; add its tokenizer.json")
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt are read for Qwen2Tokenizer, not {kind}; add tokenizer.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    odd = next((number for number, merge in enumerate(merges, 1) if len(merge) != 2), None)
-    if odd is not None:
-        raise CheckpointError(f"{folder}/merges.txt: merge {odd} is no pair; fetch the file again")
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#version"):
+            continue
+        left, space, right = line.partition(" ")
+        if not space or not right or " " in right:
+            raise CheckpointError(f"{folder}/merges.txt, line {number}: {line[:40]!r} is no pair; fetch the file again")
+        merges.append((left, right))
     with _TokenizersErrors(folder):
         made = tokenizers.Tokenizer(models.BPE(vocab=_read_json(folder / "vocab.json"), merges=merges))
     made.normalizer = normalizers.NFC()

@@ -1,0 +1,195 @@
+"""Messages with pictures become what the model eats; the one door for training, talking and scoring.
+
+In: messages with an <image> mark for each picture, and the pictures.  Out: ModelInput.
+T tokens, N tiles of all pictures, S side of a tile in pixels.
+Slots per tile = (tile size / patch / 2) squared: 256 at 448 px. Nothing is ever cut to fit: too long is an error.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tessella.chat import Message, Piece, count_marks, render, template_named
+from tessella.config import ModelConfig
+from tessella.errors import CheckpointError, ConfigError, ContextError, PromptError
+from tessella.image import LIMIT_MEGAPIXELS, Size, TileRule, Tiles, count_tiles, cut_tiles, open_image, read_size
+from tessella.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to show; max_tiles overrides the limit for this one, thumbnail not counted."""
+
+    source: str | Path | bytes | Image.Image
+    max_tiles: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """One prompt. Slots come in the order of the tiles: row by row, thumbnail last, picture after picture."""
+
+    ids: Tensor  # (T,) int64
+    learn: Tensor  # (T,) bool, true on tokens that the loss counts
+    slots: Tensor  # (T,) bool, true where a visual token goes
+    tiles: Tensor  # (N, 3, S, S) uint8
+    tiles_per_picture: tuple[int, ...]
+    digests: tuple[str, ...]  # of each tile's pixels: all slots bear one id, so a cache must tell pictures apart by these
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+class Inputs:
+    """Makes the inputs of one model. Special ids come from its tokenizer, by name.
+
+    max_tiles, context_tokens, system: the checkpoint's own where None. Raises CheckpointError when the tokenizer lacks a
+    special token or has more tokens than the model has rows, ConfigError for an unknown template or a limit out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_tiles: int | None = None,
+        context_tokens: int | None = None,
+        system: str | None = None,
+        limit_megapixels: float = LIMIT_MEGAPIXELS,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template_named(config.template)
+        self.max_tiles = config.max_tiles if max_tiles is None else max_tiles
+        self.context_tokens = config.context_tokens if context_tokens is None else context_tokens
+        self.system = system
+        self.limit_megapixels = limit_megapixels
+        if self.context_tokens < 1:
+            raise ConfigError(f"context_tokens is {self.context_tokens}, must be at least 1")
+        if tokenizer.vocab_size > config.language.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.language.vocab_size:,} rows; "
+                "use the tokenizer of the model"
+            )
+        self._check_rule()
+        self._image_start = tokenizer.id_of("<img>")
+        self._image_end = tokenizer.id_of("</img>")
+        self._slot = tokenizer.id_of("<IMG_CONTEXT>")
+        end = tokenizer.id_of(self.template.end)
+        others = [tokenizer.id_of(token) for token in self.template.stop if tokenizer.has(token)]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([end, *others]))
+
+    def build(
+        self, messages: Sequence[Message], pictures: Sequence[Picture] = (), *, open_turn: bool = True, room: int = 0
+    ) -> ModelInput:
+        """Pictures go to the <image> marks in order, over the whole conversation; room: tokens to leave for the answer.
+
+        Text is tokenised in runs of one learn flag, so an answer gets the same ids in training and in talking.
+        Raises PromptError (marks and pictures differ in number, …), ContextError (too long), ImageError.
+        """
+        pieces = self._pieces(messages, len(pictures), open_turn)
+        sizes = [read_size(picture.source, limit_megapixels=self.limit_megapixels) for picture in pictures]
+        limits = [picture.max_tiles for picture in pictures]
+        counts = [count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, limits, strict=True)]
+        ids, learn = self._ids(pieces, counts)
+        if len(ids) + room > self.context_tokens:  # told before a pixel is decoded
+            raise ContextError(self._too_long(len(ids), sizes, limits, room))
+        cut = [self._cut(picture) for picture in pictures]
+        assert [len(one.digests) for one in cut] == counts, "a header's size was not the picture's"
+        side = self.config.tile_size_px
+        row = torch.tensor(ids, dtype=torch.int64)
+        return ModelInput(
+            ids=row,
+            learn=torch.tensor(learn, dtype=torch.bool),
+            slots=row == self._slot,  # text never holds this id: the tokenizer keeps it out
+            tiles=torch.cat([one.pixels for one in cut]) if cut else torch.empty((0, 3, side, side), dtype=torch.uint8),
+            tiles_per_picture=tuple(counts),
+            digests=tuple(digest for one in cut for digest in one.digests),
+        )
+
+    def measure(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[tuple[int, int]] = (),
+        *,
+        open_turn: bool = True,
+        max_tiles: Sequence[int | None] | None = None,
+    ) -> int:
+        """Tokens that build would make of pictures of these (width, height), without decoding or even having them."""
+        limits = [None] * len(sizes) if max_tiles is None else max_tiles
+        pieces = self._pieces(messages, len(sizes), open_turn)
+        counts = [count_tiles(width, height, self._rule(limit)) for (width, height), limit in zip(sizes, limits, strict=True)]
+        return len(self._ids(pieces, counts)[0])
+
+    def _check_rule(self) -> None:
+        self._rule(None)
+
+    def _rule(self, max_tiles: int | None) -> TileRule:
+        config = self.config
+        most = self.max_tiles if max_tiles is None else max_tiles
+        return TileRule(config.tile_size_px, min(config.min_tiles, max(most, 1)), most, config.use_thumbnail)
+
+    def _pieces(self, messages: Sequence[Message], n_pictures: int, open_turn: bool) -> tuple[Piece, ...]:
+        marks = count_marks(messages)
+        if marks != n_pictures:
+            raise PromptError(
+                f"{n_pictures} picture{'' if n_pictures == 1 else 's'}, but {marks} <image> mark{'' if marks == 1 else 's'} in the "
+                "users' turns; each picture needs one mark"
+            )
+        return render(messages, self.template, system=self.system, open_turn=open_turn)
+
+    def _ids(self, pieces: Sequence[Piece], tile_counts: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """Ids and learn flags of the whole prompt."""
+        bos = self.tokenizer.bos_id
+        ids = [bos] if self.template.add_bos and bos is not None else []
+        learn = [False] * len(ids)
+        counts = iter(tile_counts)
+        for piece in _joined(pieces):
+            if piece.kind == "text":
+                new = self.tokenizer.encode(piece.text)
+            elif piece.kind == "control":
+                new = [self.tokenizer.id_of(piece.text)]
+            else:
+                slots = self.config.slots_per_tile * next(counts)
+                new = [self._image_start, *[self._slot] * slots, self._image_end]
+            ids += new
+            learn += [piece.learn] * len(new)
+        return ids, learn
+
+    def _cut(self, picture: Picture) -> Tiles:
+        image = open_image(picture.source, limit_megapixels=self.limit_megapixels)
+        return cut_tiles(image, self._rule(picture.max_tiles))
+
+    def _too_long(self, tokens: int, sizes: Sequence[Size], limits: Sequence[int | None], room: int) -> str:
+        """What is too long, by how much, and the largest --max-tiles that would do, if any does."""
+        per_tile = self.config.slots_per_tile
+        tiles = sum(count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, limits, strict=True))
+        text = tokens - tiles * per_tile
+        what = f"{tokens:,} tokens" + (f" with {tiles} tile{'' if tiles == 1 else 's'}" if tiles else "")
+        if room:
+            what += f" and {room:,} more for the answer"
+        what += f"; at most {self.context_tokens:,}: "
+        most = max([self.max_tiles if limit is None else limit for limit in limits], default=0)
+        for fewer in range(most - 1, 0, -1):
+            capped = [min(fewer, self.max_tiles if limit is None else limit) for limit in limits]
+            count = sum(count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, capped, strict=True))
+            if text + count * per_tile + room <= self.context_tokens:
+                return f"{what}fewer tiles, or --max-tiles {fewer}"
+        if room and tokens <= self.context_tokens:
+            return f"{what}ask for an answer of at most {self.context_tokens - tokens:,} (--max-tokens)"
+        return what + ("fewer pictures or turns, or a shorter text" if tiles else "fewer turns, or a shorter text")
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring texts of one learn flag become one, so that a tokenizer may merge across their seam."""
+    runs: list[Piece] = []
+    for piece in pieces:
+        last = runs[-1] if runs else None
+        if last is not None and last.kind == piece.kind == "text" and last.learn == piece.learn:
+            runs[-1] = Piece(last.text + piece.text, "text", piece.learn)
+        else:
+            runs.append(piece)
+    return runs
