@@ -1,0 +1,368 @@
+"""The command line: the only file that joins all rooms. Flags in, one deed, a result on the screen and, if asked, as JSON.
+
+Every room that needs torch is imported inside the command that needs it: torch alone takes longer to import than the half second
+in which `tessella --help` must answer. The Recipe is plain data and is imported at the top, because each of its fields is a flag.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
+
+from tessella.errors import ConfigError, TessellaError
+from tessella.train.recipe import Recipe, load_recipe
+
+ABOUT = """InternVL2 from tiles to tokens to an answer: ask, teach, convert, compare, ask again.
+
+examples:
+  tessella demo                                      the whole story on the built-in model, on this machine's CPU
+  tessella chat --image dish.jpg "What is it?"       one answer
+  tessella chat ./InternVL2-2B                       a conversation
+  tessella finetune --data photos/ --output runs/f   a folder of folders: class names become the answers
+  tessella convert runs/f ./mine --to official       merged, written, proved
+  tessella evaluate tessella-nano ./mine --data photos/ --html report.html
+
+tessella COMMAND --help tells the rest. A MODEL is a folder in the official InternVL2 layout, an adapter folder that finetune
+wrote, or tessella-nano, the built-in model (its parts are fetched once, on first use)."""
+
+CHAT = """Ask about pictures, or just talk.
+
+examples:
+  tessella chat --image dish.jpg "What is it?"       prints the answer alone; so does a question on standard input
+  tessella chat --image a.jpg --image b.jpg "What differs?"
+  tessella chat runs/food                            a conversation with an adapter on its base; /help lists the commands
+  tessella chat --temperature 0.7 --seed 1 "Tell me a story."     the same seed, the same story"""
+
+FINETUNE = """Teach a model: LoRA on the language model, the projector trained or frozen, the tower if wanted, or everything.
+
+examples:
+  tessella finetune --data photos/ --output runs/photos          photos/CLASS/*.jpg
+  tessella finetune recipes/food.toml --epochs 5                 a recipe, with one thing changed
+  tessella finetune recipes/food.toml --resume                   go on after Ctrl-C or a crash
+  tessella finetune --model ./InternVL2-2B --data sivqa_llava.json --output runs/food
+
+Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""
+
+CONVERT = """Merge what was taught into its base, write the official layout, and prove that nothing changed.
+
+examples:
+  tessella convert runs/food ./InternVL2-2B-food --to official
+  tessella convert runs/food ./out --base ./InternVL2-2B         the base has moved since
+
+The folder is reloaded and its logits on real prompts are compared with the unmerged model; too large a difference is an error.
+A folder that Tessella did not make is never written over."""
+
+EVALUATE = """Score models side by side on the same questions, through the same prompts that taught them.
+
+examples:
+  tessella evaluate tessella-nano ./mine --data photos/ --held-out 0.1 --html report.html
+  tessella evaluate ./base ./mine --data questions.jsonl --metric contains --json scores.json
+  tessella evaluate tessella-nano --skills work/skills            the built-in model's skills, made by recipes/nano/make_data.py
+
+The first model is compared with each other one by McNemar's test; each score has a Wilson 95 % interval."""
+
+INSPECT = """What the model will really see.
+
+examples:
+  tessella inspect dish.jpg --output tiles.png       its tiles, drawn, with the tokens they cost
+  tessella inspect sivqa_llava.json                  lengths, tiles, what is learned, what is wrong
+  tessella inspect ./InternVL2-2B                    parts, parameters, memory"""
+
+DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, score again, ask again.
+
+Foods in English and Chinese, drawn in four styles: three to learn from, one only to be tested on. At most 6 minutes on 2 CPU cores.
+
+examples:
+  tessella demo
+  tessella demo --output runs/demo --json demo.json
+  tessella demo --foods 12                           a short one"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it runs, and where its result goes."""
+
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), cpu, cuda, cuda:1 or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type; auto: bfloat16 where the device multiplies it in hardware."""
+    json: Path | None = None
+    """Write the result there too; docs/json.md lists the keys."""
+
+
+Here = OmitArgPrefixes[Place]
+Result = dict[str, Any]  # what --json writes
+
+
+@dataclass(frozen=True)
+class Chat:
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help="Model folder, or tessella-nano.")] = None
+    prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]", help="Question; without one, a conversation.")] = None
+    image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="PATH", help="A picture that the question is about.")] = ()
+    system: str | None = None
+    """Who the model is told to be; default: the template's own sentence."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; more is livelier."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability, in (0, 1]."""
+    max_tokens: int = 512
+    """Longest answer in tokens."""
+    max_tiles: int | None = None
+    """Most tiles a picture is cut into, 1 to 40; default: what the model says."""
+    seed: int | None = None
+    """The same seed gives the same answers."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.checkpoint.read import load  # torch
+        from tessella.sampling import SamplingParams  # torch
+        from tessella.terminal import Talk, answer_once, converse  # torch
+
+        model, prompt = words_of_chat(self.model, self.prompt)
+        if prompt is None and not sys.stdin.isatty() and not (prompt := sys.stdin.read().strip()):
+            raise ConfigError("there is neither a question nor a terminal to ask one in; give a PROMPT")
+        params = SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=self.seed)
+        loaded = load(model, device=self.place.device, dtype=self.place.dtype, max_tiles=self.max_tiles)
+        talk = Talk(loaded, params, self.system)
+        if prompt is None:
+            converse(talk, list(self.image), sys.stdout)
+        else:
+            answer_once(talk, prompt, list(self.image), sys.stdout)
+        return {"model": model, **talk.as_json()}
+
+
+@dataclass(frozen=True)
+class Finetune:
+    recipe_file: Annotated[Positional[Path | None], arg(metavar="[RECIPE]", help="A TOML file; each of its keys is a flag.")] = None
+    recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+    json: Path | None = None
+    """Write the result there too; docs/json.md lists the keys."""
+
+    def run(self) -> Result:
+        from tessella.train.loop import train  # torch, PEFT
+
+        return train(self.recipe).as_json()
+
+
+@dataclass(frozen=True)
+class Convert:
+    source: Annotated[Positional[Path], arg(metavar="IN", help="Adapter folder, as finetune writes it.")]
+    out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to make.")]
+    to: Literal["official"] = "official"
+    """Layout of OUT: the official InternVL2 one, which other engines open."""
+    base: str | None = None
+    """The base model; default: the one that the adapter names."""
+    force: bool = False
+    """Write over OUT if Tessella made it."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.checkpoint.convert import convert_adapter  # torch
+
+        result = convert_adapter(self.source, self.out, base=self.base, force=self.force)
+        return result.as_json()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL", help="One or more; the first is compared with each other.")]
+    data: tuple[Path, ...] = ()
+    """Questions: JSON lines with question, image and answers; or any dataset that finetune reads."""
+    skills: bool = False
+    """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
+    metric: Literal["exact", "contains", "choice", "anls"] = "exact"
+    """What is right: the same words, holding them, the same letter, or near in spelling."""
+    held_out: float = 1.0
+    """Of a dataset, score only this held-out share (with the seed of the recipe); 1: everything."""
+    seed: int = 0
+    """Seed of the held-out split."""
+    limit: int | None = None
+    """Score only the first so many questions."""
+    max_tokens: int = 32
+    """Longest answer in tokens."""
+    max_tiles: int | None = None
+    """Most tiles a picture is cut into, 1 to 40; default: what each model says."""
+    batch_items: int = 16
+    """Questions that run together."""
+    forgetting: bool = False
+    """Ask general questions too, to see what was forgotten."""
+    output: Path = Path("runs/evaluate")
+    """Folder where answers are kept; a run that was stopped goes on from them."""
+    html: Path | None = None
+    """Write a report with pictures, answers and confusions there."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.scoring import Scoring, score  # torch
+
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Inspect:
+    thing: Annotated[Positional[str], arg(metavar="THING", help="A picture, a dataset, or a model.")]
+    model: str = "tessella-nano"
+    """The model through whose eyes pictures and datasets are seen."""
+    output: Path | None = None
+    """Of a picture: draw its tiles there; default: NAME-tiles.png here."""
+    max_tiles: int | None = None
+    """Most tiles a picture is cut into, 1 to 40; default: what the model says."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.inspection import inspect  # torch
+
+        return inspect(self.thing, self.model, self.output, self.max_tiles, self.place.dtype)
+
+
+@dataclass(frozen=True)
+class Demo:
+    model: str = "tessella-nano"
+    """The model to teach."""
+    styles: tuple[str, ...] = ()
+    """Drawing styles to learn from; default: all but the test style."""
+    test_style: str | None = None
+    """Drawing style that is only tested; default: the last."""
+    foods: int | None = None
+    """Only the first so many foods; default: all."""
+    epochs: float | None = None
+    """Passes over the pictures; default: what fits into the time."""
+    output: Path = Path("runs/demo")
+    """Folder of everything the demo makes; a stopped demo goes on there."""
+    fresh: bool = False
+    """Begin again, whatever an earlier demo left in the folder."""
+    seed: int = 0
+    """Seed of everything that chance decides."""
+    open: bool = True
+    """Open the report in a browser, where there is one."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.demo import Plan, run  # torch, PEFT
+
+        plan = Plan(
+            self.model, self.styles, self.test_style, self.foods, self.epochs, self.output, self.fresh, self.seed,
+            self.place.device, self.place.dtype, self.open,
+        )  # fmt: skip
+        return run(plan).as_json()
+
+
+Command = Chat | Finetune | Convert | Evaluate | Inspect | Demo
+# Each with what its own --help says; the list of commands shows the first line.
+COMMANDS: dict[str, tuple[type[Command], str]] = {
+    "demo": (Demo, DEMO),
+    "chat": (Chat, CHAT),
+    "finetune": (Finetune, FINETUNE),
+    "convert": (Convert, CONVERT),
+    "evaluate": (Evaluate, EVALUATE),
+    "inspect": (Inspect, INSPECT),
+}
+
+
+def words_of_chat(model: str | None, prompt: str | None) -> tuple[str, str | None]:
+    """One word alone is a MODEL when it looks like one (tessella-nano, a folder, a path, owner/name), else the PROMPT."""
+    if model is None or prompt is not None:
+        return model or "tessella-nano", prompt
+    is_path = model.startswith((".", "/", "~")) or ("/" in model and not any(mark.isspace() for mark in model))
+    if model == "tessella-nano" or is_path or Path(model).is_dir():
+        return model, None
+    return "tessella-nano", model
+
+
+def recipe_among(words: Sequence[str]) -> Path | None:
+    """The RECIPE of `finetune`, which must be read before the flags are, since its values are their defaults."""
+    return next((Path(word) for word in words if word.endswith(".toml") and not word.startswith("-")), None)
+
+
+def parse(words: Sequence[str]) -> Command:
+    """The words after `tessella` -> one command. Exits with 2 and a hint when they make none. Raises ConfigError for a bad recipe."""
+    if words and words[0] in COMMANDS:
+        kind, about = COMMANDS[words[0]]
+        default = Finetune(recipe=load_recipe(recipe_among(words[1:]))) if kind is Finetune else None
+        options = {} if default is None else {"default": default}
+        command: Command = tyro.cli(kind, prog=f"tessella {words[0]}", description=about, args=list(words[1:]), **options)
+        return command
+    listed = {name: kind for name, (kind, _) in COMMANDS.items()}
+    first_lines = {name: about.partition("\n")[0] for name, (_, about) in COMMANDS.items()}
+    union = Union[tuple(Annotated[kind, subcommand(name, description=first_lines[name])] for name, kind in listed.items())]
+    tyro.cli(union, prog="tessella", description=ABOUT, args=list(words) or ["--help"])
+    raise AssertionError("a word that is no command ends the program")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code: 0 done, 2 something a person can mend, 130 stopped by Ctrl-C."""
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        command = parse(words)
+        path = command.json if isinstance(command, Finetune) else command.place.json
+        if path is not None and not path.expanduser().resolve().parent.is_dir():
+            raise ConfigError(f"--json {path}: {path.parent} is no folder; make it first")  # now, not after an hour's work
+        result = command.run()
+        if path is not None:
+            write_json(path.expanduser(), result)
+        return 0
+    except TessellaError as error:
+        return tell(str(error))
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as `| head` does; leave quietly
+        return 0
+    except MemoryError:
+        return tell(OUT_OF_MEMORY)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        return tell(f"{error.filename or 'a file'}: {error.strerror}; {MENDABLE[error.errno]}")
+    except RuntimeError as error:  # torch's out-of-memory error is one, and torch must not be imported here to name it
+        if not is_out_of_memory(error):
+            raise
+        return tell(f"{OUT_OF_MEMORY}\n({str(error).splitlines()[0]})")
+
+
+OUT_OF_MEMORY = """out of memory. What can be lowered, the most telling first:
+  teaching: --tokens-per-pass (the result stays the same), --max-tiles, --lora-rank; --tower frozen
+  asking:   --max-tiles, --max-tokens, --batch-items; --dtype bfloat16 halves the weights of float32
+tessella inspect MODEL tells what a model needs."""
+
+MENDABLE = {
+    errno.ENOSPC: "make room on the disk and run it again",
+    errno.EDQUOT: "make room in your quota and run it again",
+    errno.EACCES: "check the permissions, or write somewhere else",
+    errno.EPERM: "check the permissions, or write somewhere else",
+    errno.EROFS: "the disk takes no writing; write somewhere else",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "it is a folder; give a file",
+}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator gives up."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def tell(message: str) -> int:
+    """One clear message on stderr; gives exit code 2."""
+    print(f"tessella: {message}", file=sys.stderr)
+    return 2
+
+
+def write_json(path: Path, result: Result) -> None:
+    """Write aside, then rename, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.part")
+    text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"  # before the file is opened: a mistake here leaves none
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What the model will really see of a picture, of a dataset, and what a model is made of.
+
+In: a path and the model through whose eyes it is seen.  Out: tables on the screen, a drawing of the tiles, a plain result for --json.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from tessella.chat import Message, place_marks
+from tessella.checkpoint.read import find_model, resolve_head
+from tessella.checkpoint.weights import open_weights
+from tessella.config import ModelConfig, load_config
+from tessella.errors import DataError
+from tessella.image import Tiles, cut_tiles, open_image
+from tessella.inputs import Inputs, ModelInput, Picture
+from tessella.model.device import choose_device, choose_dtype
+from tessella.model.vision_language import VisionLanguageModel
+from tessella.tokenizer import Tokenizer
+
+QUESTION = "What is in this picture?"
+GAP_PX = 8
+ROWS = (".json", ".jsonl")
+
+
+def inspect(thing: str, model: str, output: Path | None, max_tiles: int | None, device: str, dtype: str) -> dict[str, Any]:
+    """Look at a picture, a dataset or a model, whichever it is; gives what --json writes. Raises DataError for anything else."""
+    path = Path(thing).expanduser()
+    is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    console = Console()
+    if is_model or not path.exists():
+        return inspect_model(thing, device, dtype, console)
+    if path.is_dir() or path.suffix.lower() in ROWS:
+        return inspect_dataset(path, model, max_tiles, console)
+    if path.is_file():
+        return inspect_image(path, model, output or Path(f"{path.stem}-tiles.png"), max_tiles, console)
+    raise DataError(f"{path} is neither a file nor a folder; give a picture, a dataset or a model")
+
+
+def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, Tokenizer, ModelConfig]:
+    """Prompts and tiles of a model, without its weights."""
+    folder, _ = find_model(model)
+    config, tokenizer = load_config(folder), Tokenizer.load(folder)
+    return Inputs(config, tokenizer, max_tiles=max_tiles), tokenizer, config
+
+
+# ---- a picture
+
+
+def inspect_image(path: Path, model: str, output: Path, max_tiles: int | None, console: Console) -> dict[str, Any]:
+    """Draw the tiles to output and print what they cost."""
+    inputs, tokenizer, config = eyes(model, max_tiles)
+    tiles = cut_tiles(open_image(path), inputs.rule())
+    prompt = inputs.build([Message("user", place_marks(QUESTION, 1))], [Picture(path)])
+    draw_tiles(tiles).save(output)
+    total, grid = len(tiles.pixels), tiles.grid
+    thumbnail = total > grid.columns * grid.rows
+    facts = {
+        "size": f"{tiles.width_px} x {tiles.height_px} px",
+        "grid": f"{grid.columns} columns x {grid.rows} rows" + (" and a thumbnail" if thumbnail else ""),
+        "tiles": f"{total} of {config.tile_size_px} px, {config.slots_per_tile} visual tokens each",
+        "prompt": f"{len(prompt)} tokens, {int(prompt.slots.sum())} of them visual, of {config.context_tokens} that the model takes",
+        "drawn": str(output),
+    }
+    print_facts(str(path), facts, console)
+    console.print(f"\nThe prompt for “{QUESTION}”:", highlight=False)
+    console.print(readable(prompt, tokenizer), markup=False, highlight=False)
+    return {
+        "kind": "image",
+        "path": str(path),
+        "width_px": tiles.width_px,
+        "height_px": tiles.height_px,
+        "columns": grid.columns,
+        "rows": grid.rows,
+        "tiles": total,
+        "thumbnail": thumbnail,
+        "visual_tokens": int(prompt.slots.sum()),
+        "prompt_tokens": len(prompt),
+        "context_tokens": config.context_tokens,
+        "drawn": str(output),
+    }
+
+
+def draw_tiles(tiles: Tiles) -> Image.Image:
+    """The tiles on their grid with gaps and numbers, the thumbnail to the right: what goes into the tower, in that order."""
+    side, grid = tiles.pixels.shape[-1], tiles.grid
+    step = side + GAP_PX
+    on_grid = grid.columns * grid.rows
+    columns = grid.columns + (1 if len(tiles.pixels) > on_grid else 0)
+    sheet = Image.new("RGB", (columns * step + GAP_PX, grid.rows * step + GAP_PX), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=max(10, side // 12))
+    for number, pixels in enumerate(tiles.pixels):
+        row, column = divmod(number, grid.columns) if number < on_grid else (0, grid.columns)
+        corner = (GAP_PX + column * step, GAP_PX + row * step)
+        sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), corner)
+        label = str(number + 1) if number < on_grid else f"{number + 1} thumbnail"
+        place = (corner[0] + side // 28, corner[1] + side // 28)
+        draw.rectangle(draw.textbbox(place, label, font=font), fill="black")
+        draw.text(place, label, fill="white", font=font)
+    return sheet
+
+
+def readable(prompt: ModelInput, tokenizer: Tokenizer) -> str:
+    """The prompt as text, special tokens shown, each run of visual slots as one word."""
+    pieces: list[str] = []
+    ids: list[int] = prompt.ids.tolist()
+    slots: list[bool] = prompt.slots.tolist()
+    start = 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and slots[end] == slots[start]:
+            end += 1
+        run = ids[start:end]
+        pieces.append(f"{len(run)} x {tokenizer.decode(run[:1], skip_special=False)}" if slots[start] else tokenizer.decode(run, skip_special=False))
+        start = end
+    return "".join(pieces)
+
+
+# ---- a dataset
+
+
+def inspect_dataset(path: Path, model: str, max_tiles: int | None, console: Console) -> dict[str, Any]:
+    raise AssertionError
+
+
+# ---- a model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parameters of each part; a tied head counts once, as embeddings."""
+
+    tower: int
+    projector: int
+    embeddings: int
+    layers: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.tower + self.projector + self.embeddings + self.layers + self.head
+
+
+def count_parts(config: ModelConfig) -> Parts:
+    """Count on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    language = model.language_model
+
+    def count(module: torch.nn.Module | None) -> int:
+        return 0 if module is None else sum(weight.numel() for weight in module.parameters())
+
+    table = count(language.model.embed_tokens)
+    return Parts(
+        tower=count(model.vision_model),
+        projector=count(model.mlp1),
+        embeddings=table,
+        layers=count(language.model) - table,
+        head=count(language.lm_head),
+    )
+
+
+def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[str, Any]:
+    """Parts, parameters and memory of a model, its weights not loaded."""
+    folder, adapter = find_model(name)
+    weights = open_weights(folder)
+    config = resolve_head(load_config(folder), weights)
+    parts = count_parts(config)
+    where = choose_device(device)
+    number = choose_dtype(dtype, where)
+    size = number.itemsize
+    vision, language = config.vision, config.language
+    cache = 2 * language.num_layers * language.num_kv_heads * language.head_dim * size
+    weight_bytes, chat_bytes = parts.total * size, parts.total * size + cache * config.context_tokens
+    word = str(number).removeprefix("torch.")
+    most = config.max_tiles + (1 if config.use_thumbnail and config.max_tiles > 1 else 0)
+    facts = {
+        "folder": str(folder) + (f", with the adapter {adapter}" if adapter else ""),
+        "tower": f"{millions(parts.tower)}: {vision.num_layers} layers of {vision.hidden_size}, {vision.norm}, "
+        f"tiles of {config.tile_size_px} px in patches of {vision.patch_size_px} px",
+        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, pixel shuffle {config.pixel_shuffle_version}",
+        "language model": f"{millions(parts.layers)}: {language.architecture}, {language.num_layers} layers of {language.hidden_size}, "
+        f"{language.num_heads} heads on {language.num_kv_heads}",
+        "embeddings": f"{millions(parts.embeddings)}: {language.vocab_size:,} tokens"
+        + (", the head is the same table" if not parts.head else f"; the head {millions(parts.head)}"),
+        "all": millions(parts.total),
+        "prompt": f"template {config.template}, {config.context_tokens:,} tokens; 1 to {most} tiles a picture, thumbnail counted",
+        "on disk": f"{weights.num_bytes() / 2**30:.2f} GiB",
+        f"in memory, {word}": f"{weight_bytes / 2**30:.2f} GiB of weights, and {cache:,} bytes a token of conversation: "
+        f"{chat_bytes / 2**30:.2f} GiB when the context is full",
+    }
+    print_facts(name, facts, console)
+    return {
+        "kind": "model",
+        "model": name,
+        "folder": str(folder),
+        "adapter": None if adapter is None else str(adapter),
+        "parameters": {**asdict(parts), "total": parts.total},
+        "dtype": word,
+        "device": str(where),
+        "disk_bytes": weights.num_bytes(),
+        "weight_bytes": weight_bytes,
+        "cache_bytes_per_token": cache,
+        "full_context_bytes": chat_bytes,
+        "context_tokens": config.context_tokens,
+        "slots_per_tile": config.slots_per_tile,
+        "tile_size_px": config.tile_size_px,
+        "max_tiles": config.max_tiles,
+        "template": config.template,
+    }
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def print_facts(title: str, facts: dict[str, str], console: Console) -> None:
+    """A table of two columns without lines, which a terminal and a pipe show alike."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, words in facts.items():
+        table.add_row(name, words)
+    console.print(table, highlight=False)

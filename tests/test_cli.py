@@ -1,0 +1,176 @@
+"""The command line: quick help without torch, one clear message for every mistake, results as JSON."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessella import cli
+from tessella.errors import DataError
+from tessella.train.recipe import Recipe
+
+COMMANDS = ("demo", "chat", "finetune", "convert", "evaluate", "inspect")
+
+
+def tessella(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a person does."""
+    command = [sys.executable, "-m", "tessella.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_no_torch(words: list[str]) -> None:
+    code = f"""
+import sys
+from tessella.cli import main
+try:
+    main({words})
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "transformers", "numpy", "PIL", "peft", "matplotlib"}} & set(sys.modules)
+print(f"heavy={{sorted(heavy)}} count={{len(sys.modules)}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("heavy=[] ")
+    # Half a second on a slow machine. The count is what can be held steady in a test; torch alone would bring about 1,500.
+    assert int(last.partition("count=")[2]) < 600
+
+
+def test_help_lists_the_commands_that_exist_and_no_other() -> None:
+    text = tessella("--help").stdout
+    assert "{" + ",".join(COMMANDS) + "}" in text
+    assert all(name not in text for name in ("serve", "tessella ui"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_teaches_by_example(name: str) -> None:
+    text = tessella(name, "--help").stdout
+    assert f"tessella {name}" in text.partition("examples:")[2]
+    assert "--json" in text and "--device" in text and "--dtype" in text
+
+
+# ---- flags
+
+
+def test_every_field_of_a_recipe_is_a_flag(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('epochs = 7\nlora_rank = 4\ndata = ["a.jsonl"]\n', encoding="utf-8")
+    command = cli.parse(["finetune", str(recipe), "--lora-rank", "8", "--output", "somewhere", "--resume", "--betas", "0.9", "0.95"])
+    assert isinstance(command, cli.Finetune)
+    expected = Recipe(
+        epochs=7.0, lora_rank=8, data=(Path("a.jsonl"),), output=Path("somewhere"), resume=True, betas=(0.9, 0.95)
+    )
+    assert command.recipe == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "prompt"),
+    [
+        ([], "tessella-nano", None),
+        (["what is it?"], "tessella-nano", "what is it?"),
+        (["tessella-nano"], "tessella-nano", None),
+        (["./models/mine"], "./models/mine", None),
+        (["OpenGVLab/InternVL2-2B"], "OpenGVLab/InternVL2-2B", None),
+        (["and/or what is it?"], "tessella-nano", "and/or what is it?"),
+        (["tessella-nano", "./models"], "tessella-nano", "./models"),
+    ],
+)
+def test_one_word_of_chat_is_a_model_only_when_it_looks_like_one(words: list[str], model: str, prompt: str | None) -> None:
+    command = cli.parse(["chat", *words])
+    assert isinstance(command, cli.Chat)
+    assert cli.words_of_chat(command.model, command.prompt) == (model, prompt)
+
+
+def test_pictures_do_not_swallow_the_question() -> None:
+    command = cli.parse(["chat", "--image", "a.jpg", "--image", "b.jpg", "what differs?"])
+    assert isinstance(command, cli.Chat)
+    assert command.image == (Path("a.jpg"), Path("b.jpg"))
+    assert command.model == "what differs?"
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["finetune", "nowhere.toml"], "nowhere.toml"),
+        (["finetune", "--epochs", "-1"], "epochs is -1"),
+        (["chat", "./nowhere", "hello"], "nowhere"),
+        (["chat", "nobody/nothing", "hello"], "nobody/nothing"),
+        (["chat", "--temperature", "-1", "hello"], "temperature"),
+        (["inspect", "./nowhere"], "nowhere"),
+        (["convert", "./nowhere", "./out"], "nowhere"),
+        (["evaluate", "./nowhere"], "--data"),
+        (["chat", "--json", "no/such/folder/x.json", "hello"], "no/such/folder"),
+        (["chat", "--device", "toaster", "hello"], "toaster"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("tessella: ") and told in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("words", [["chatt"], ["chat", "--imagee", "x"], ["convert", "only-one"], ["convert", "a", "b", "--to", "pth"]])
+def test_unknown_words_end_with_2_and_a_hint(words: list[str]) -> None:
+    done = tessella(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "--help" in done.stderr + done.stdout
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command that raises error."""
+
+    def run(self: cli.Chat) -> dict[str, object]:
+        raise error
+
+    monkeypatch.setattr(cli.Chat, "run", run)
+    return cli.main(["chat", "hello"]), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("3 of 4 rows are bad"), 2, "3 of 4 rows are bad"),
+        (KeyboardInterrupt(), 130, "Stopped"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--tokens-per-pass"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "--max-tiles"),
+        (MemoryError(), 2, "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "out/model.safetensors"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permissions"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_a_person_can_mend_is_told_without_a_traceback(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail_with(error, monkeypatch, capsys)[0] == code
+    assert told in fail_with(error, monkeypatch, capsys)[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), AssertionError("ours"), OSError(errno.EIO, "I/O error")])
+def test_our_own_mistakes_are_not_hidden(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(type(error)):
+        fail_with(error, monkeypatch, capsys)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    cli.write_json(path, {"answer": "麻婆豆腐"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
+    with pytest.raises(TypeError):
+        cli.write_json(path, {"answer": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
