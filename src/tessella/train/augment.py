@@ -1,6 +1,6 @@
 """Pictures are changed a little at each look, so that a few photos teach more than themselves.
 
-In: an RGB picture, and who looks (seed, epoch, sample).  Out: an RGB picture; the same one for the same look, so that resume repeats.
+In: an RGB picture, and who looks (seed, epoch, sample).  Out: an RGB picture; for the same look the same, so that resume repeats.
 """
 
 import hashlib
@@ -49,7 +49,8 @@ def augment(picture: Image.Image, name: str, *, seed: int, epoch: int, sample: s
 def _turn(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:
     degrees = chance.uniform(-settings.turn_deg, settings.turn_deg)
     mean = tuple(round(x) for x in np.asarray(picture.resize((1, 1), Image.Resampling.BOX)).reshape(-1).tolist())
-    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)  # corners take the mean colour: black ones would be a sign
+    # The corners take the mean colour: black ones would be a sign to learn from.
+    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
 
 
 def _crop(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:

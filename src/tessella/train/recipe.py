@@ -18,7 +18,7 @@ from tessella.errors import ConfigError
 
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER_TARGETS = ("qkv", "proj", "fc1", "fc2")
-HEADS = ("lm_head", "output", "embed_tokens", "tok_embeddings")  # never taught by LoRA: a tied head would drag the embeddings along
+HEADS = ("lm_head", "output", "embed_tokens", "tok_embeddings")  # no LoRA: a tied head would drag the embeddings along
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Recipe:
     """Folder that picture paths start from; default: where the data file lies."""
     repeat: tuple[float, ...] = ()
     """How often each dataset is seen in an epoch, one number a dataset (0.5 = a seeded half); empty: once each."""
-    question_language: Literal["en", "zh", "both"] = "en"
-    """Language of the questions made for a folder of classes and for FoodieQA."""
+    question_language: Literal["auto", "en", "zh", "both"] = "auto"
+    """Language of the questions made for a folder of classes (auto: that of the names) and for FoodieQA (auto: Chinese)."""
     questions: tuple[str, ...] = ()
     """Your own questions for a folder of classes, in place of the built-in phrasings."""
     answer: str = "{name}"
@@ -44,7 +44,7 @@ class Recipe:
     choices: Literal["hidden", "shown", "both"] = "hidden"
     """FoodieQA: the choices are hidden (answer in words, as the tutorial does), shown (answer a letter), or both."""
     held_out: float = 0.1
-    """Samples never trained on: a share below 1, or a count; whole dishes or pictures, fixed by the seed."""
+    """Samples of each dataset never trained on: a share below 1, or a count; whole dishes or pictures, fixed by the seed."""
     held_out_data: tuple[Path, ...] = ()
     """Datasets to score on in place of a held-out part of the data."""
     max_bad_share: float = 0.05
@@ -130,8 +130,11 @@ class Recipe:
     """Write TensorBoard logs beside the JSON lines."""
 
     def __post_init__(self) -> None:
-        for name, hint in _HINTS().items():
-            _check_type(name, getattr(self, name), hint)
+        for name, hint in _hints().items():
+            value = getattr(self, name)
+            _check_type(name, value, hint)
+            if isinstance(value, int) and float in _alternatives(hint):
+                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one recipe and have one fingerprint
         for name, bounds in RANGES.items():
             bounds.check(name, getattr(self, name))
         if self.repeat and len(self.repeat) != len(self.data):
@@ -147,7 +150,7 @@ class Recipe:
         heads = [name for name in (*self.lora_targets, *self.tower_lora_targets) if name.split(".")[-1] in HEADS]
         if heads:
             raise ConfigError(f"lora_targets names {', '.join(heads)}: head and embeddings take no LoRA; leave them out")
-        if self.language == "lora" and not self.lora_targets or self.tower == "lora" and not self.tower_lora_targets:
+        if (self.language == "lora" and not self.lora_targets) or (self.tower == "lora" and not self.tower_lora_targets):
             raise ConfigError('LoRA is asked for, but its targets are empty; name some, or choose "frozen"')
         if (self.language, self.tower, self.projector) == ("frozen", "frozen", "frozen"):
             raise ConfigError("language, tower and projector are all frozen, so nothing would be learned; teach one of them")
@@ -177,12 +180,13 @@ class Recipe:
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values if value is not None)
 
 
-# May differ between a run and its resumption: where it runs, how it is cut into passes, what is written. The loss is one mean over
-# the answer tokens of a whole step, so tokens_per_pass changes no gradient beyond rounding and may be lowered after an out-of-memory.
-FREE_ON_RESUME = frozenset(
-    "output resume device compile workers tokens_per_pass cache_features time_limit_s evaluate_every sample_answers save_every keep "
-    "report_every tensorboard max_bad_share".split()
-)
+# May differ between a run and its resumption: where it runs, how it is cut into passes, what is written. The loss is one mean
+# over the answer tokens of a whole step, so tokens_per_pass changes no gradient beyond rounding and may be lowered after an
+# out-of-memory error.
+FREE_ON_RESUME = frozenset((
+    "output", "resume", "device", "compile", "workers", "tokens_per_pass", "cache_features", "time_limit_s", "max_bad_share",
+    "evaluate_every", "sample_answers", "save_every", "keep", "report_every", "tensorboard",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,11 @@ class Bounds:
 
     def check(self, name: str, value: float | None) -> None:
         """Raise ConfigError when value (not None) lies outside."""
-        if value is None or (self.low < value if self.above else self.low <= value) and value <= self.high:
+        if value is None or ((self.low < value if self.above else self.low <= value) and value <= self.high):
             return
         low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        raise ConfigError(f"{name} is {value}, must be {low}" + (f", and at most {self.high:g}" if self.high != float("inf") else ""))
+        high = f", and at most {self.high:g}" if self.high != float("inf") else ""
+        raise ConfigError(f"{name} is {value}, must be {low}{high}")
 
 
 RANGES = {
@@ -230,6 +235,9 @@ RANGES = {
 }
 
 
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path", types.NoneType: "left out"}
+
+
 def load_recipe(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe from TOML (or the defaults when path is None) and set the overrides, field name -> value.
 
@@ -237,7 +245,7 @@ def load_recipe(path: Path | None = None, overrides: Mapping[str, Any] | None = 
     """
     raw = {} if path is None else _read_toml(path)
     where = "overrides" if path is None else str(path)
-    hints = _HINTS()
+    hints = _hints()
     for key in (*raw, *(overrides or {})):
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
@@ -256,7 +264,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
-def _HINTS() -> dict[str, Any]:
+def _hints() -> dict[str, Any]:
     return get_type_hints(Recipe)
 
 
@@ -286,7 +294,7 @@ def _is(value: Any, kind: Any) -> bool:
         return value in get_args(kind) and isinstance(value, str)
     if get_origin(kind) is tuple:
         inner = get_args(kind)
-        fits = inner[-1] is Ellipsis or isinstance(value, tuple) and len(value) == len(inner)
+        fits = inner[-1] is Ellipsis or (isinstance(value, tuple) and len(value) == len(inner))
         return isinstance(value, tuple) and fits and all(_is(item, inner[0]) for item in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # a NaN is no number to run with
@@ -301,8 +309,7 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is tuple:
         inner = get_args(hint)
         return f"a list of {_name(inner[0])}" if inner[-1] is Ellipsis else f"a list of {len(inner)} {_name(inner[0])}s"
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path", types.NoneType: "left out"}
-    return " or ".join(words[kind] if kind in words else _name(kind) for kind in _alternatives(hint))
+    return " or ".join(WORDS[kind] if kind in WORDS else _name(kind) for kind in _alternatives(hint))
 
 
 def _plain(value: Any) -> Any:

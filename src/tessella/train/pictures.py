@@ -1,0 +1,62 @@
+"""Thousands of pictures are looked at in seconds: their sizes from the headers, their ends for signs of being cut off.
+
+In: paths and data: URIs.  Out: for each its size, or the reason why it cannot be used.
+"""
+
+import io
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tessella.errors import ImageError
+from tessella.image import LIMIT_MEGAPIXELS, Size, open_image, read_size
+
+THREADS = 16  # mostly waiting for the disk
+TAIL_BYTES = 4096
+
+
+def examine_pictures(
+    sources: Iterable[str | Path], *, decode: bool = False, limit_megapixels: float = LIMIT_MEGAPIXELS
+) -> dict[str | Path, Size | str]:
+    """Each source, looked at once -> its upright size, or a reason "kind: detail".
+
+    Without decode only headers and file ends are read; what looks cut off is decoded to be sure. With decode every pixel is.
+    """
+    distinct = list(dict.fromkeys(sources))
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda source: _examine(source, decode, limit_megapixels), distinct, chunksize=8)
+        return dict(zip(distinct, found, strict=True))
+
+
+def _examine(source: str | Path, decode: bool, limit_megapixels: float) -> Size | str:
+    if isinstance(source, Path) and not source.exists():
+        return f"picture missing: {source}"
+    try:
+        size = read_size(source, limit_megapixels=limit_megapixels)
+        if decode or isinstance(source, str) or seems_cut_off(source):
+            open_image(source, limit_megapixels=limit_megapixels)
+    except ImageError as error:
+        return f"picture unusable: {error}"
+    return size
+
+
+def seems_cut_off(path: Path) -> bool:
+    """True when the file lacks the end that its format should have: a suspicion, some sound files have odd ends."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+            length = stream.seek(0, io.SEEK_END)
+            stream.seek(-min(TAIL_BYTES, length), os.SEEK_END)
+            tail = stream.read()
+    except OSError:
+        return True  # open_image names the fault
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8 > length
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" not in tail
+    if head.startswith(b"\xff\xd8\xff"):
+        return b"\xff\xd9" not in tail
+    if head.startswith(b"GIF8"):
+        return b"\x3b" not in tail[-16:]
+    return True  # formats without a known end are rare enough to be decoded
