@@ -295,7 +295,9 @@ def _measure(image: Image.Image) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF (or XMP) orientation 1 to 8, from what precedes the pixels; 1 when there is none or it is senseless."""
+    """EXIF (or XMP) orientation 1 to 8, from what precedes the pixels; 1 for none or a senseless one."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, size and pixels
     try:
         # Image.Image's own getexif: PngImageFile's would decode the whole picture to look for a chunk behind the pixels.
         value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)

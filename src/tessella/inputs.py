@@ -74,7 +74,7 @@ class Inputs:
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.language.vocab_size:,} rows; "
                 "use the tokenizer of the model"
             )
-        self._check_rule()
+        self._rule(None)  # checks the limits now, not at the first picture
         self._image_start = tokenizer.id_of("<img>")
         self._image_end = tokenizer.id_of("</img>")
         self._slot = tokenizer.id_of("<IMG_CONTEXT>")
@@ -124,9 +124,6 @@ class Inputs:
         counts = [count_tiles(width, height, self._rule(limit)) for (width, height), limit in zip(sizes, limits, strict=True)]
         return len(self._ids(pieces, counts)[0])
 
-    def _check_rule(self) -> None:
-        self._rule(None)
-
     def _rule(self, max_tiles: int | None) -> TileRule:
         config = self.config
         most = self.max_tiles if max_tiles is None else max_tiles
@@ -136,8 +133,8 @@ class Inputs:
         marks = count_marks(messages)
         if marks != n_pictures:
             raise PromptError(
-                f"{n_pictures} picture{'' if n_pictures == 1 else 's'}, but {marks} <image> mark{'' if marks == 1 else 's'} in the "
-                "users' turns; each picture needs one mark"
+                f"{n_pictures} picture{'' if n_pictures == 1 else 's'}, but {marks} <image> mark{'' if marks == 1 else 's'} "
+                "in the users' turns; each picture needs one mark"
             )
         return render(messages, self.template, system=self.system, open_turn=open_turn)
 

@@ -228,6 +228,8 @@ class SentencePieces:
     strip_first_space = True
 
     def __init__(self, path: Path):
+        if hasattr(sentencepiece, "set_min_log_level"):  # from 0.2.1 on it tells stderr of InternLM2's NUL piece at every load
+            sentencepiece.set_min_log_level(2)
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as error:
