@@ -1,0 +1,173 @@
+"""The tensors of a model folder by memory map, and a writer that holds one tensor at a time.
+
+In: a folder with model.safetensors, or shards and an index.  Out: names, shapes, tensors; nothing is read before asked for.
+Only safetensors: a pickle of a stranger is never opened.
+Source of the format: huggingface/safetensors, README ("Format").
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tessella.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Weights:
+    """The tensors of one folder or file, by name. Tensors are views of the mapped file: reading one costs no memory of ours."""
+
+    def __init__(self, files: Sequence[Path]):
+        self._handles: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for file in files:
+            self._add(file)
+
+    def _add(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch or write it again") from error
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            if name in self.files:
+                raise CheckpointError(
+                    f"tensor {name} stands in both {self.files[name].name} and {file.name}; one of them is left over"
+                )
+            view = handle.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{file.name}: {name} is of type {view.get_dtype()}; we read {', '.join(DTYPES)}")
+            self._handles[name], self.files[name] = handle, file
+            self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), DTYPES[view.get_dtype()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._handles[name].get_tensor(name)
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(_count(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+def open_weights(folder: Path) -> Weights:
+    """The tensors of a model folder. Raises CheckpointError when files are missing, damaged or at odds with the index."""
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
+    if not (folder / SINGLE).is_file():
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}{_what_else(folder)}")
+    return Weights([folder / SINGLE])
+
+
+def _open_shards(folder: Path) -> Weights:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        planned = {str(name): str(file) for name, file in index.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is no index of shards ({error!r}); fetch it again") from error
+    shards = sorted(set(planned.values()))
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{INDEX} names the shard {shard!r}, which is not in {folder}; {len(shards)} shards belong there"
+            )
+    weights = Weights([folder / shard for shard in shards])
+    wrong = [name for name, file in weights.files.items() if planned.get(name) != file.name]
+    wrong += [name for name in planned if name not in weights.files]
+    if wrong:
+        raise CheckpointError(f"{INDEX} and the shards disagree about {some(wrong)}; fetch the folder again")
+    return weights
+
+
+def _what_else(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "; it is an adapter: give it as the adapter, with its base as the model"
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
+        return "; it holds pickled weights (.bin, .pth), which we do not open: save them as safetensors"
+    return "; fetch the weights again"
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names and how many more there are, for a message."""
+    listed = ", ".join(list(names)[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that is yet to be made and written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # called once, when its turn to be written has come
+
+    @property
+    def num_bytes(self) -> int:
+        return _count(self.shape) * self.dtype.itemsize
+
+
+def entries_of(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[Entry]:
+    """Entries of tensors that are there already; dtype None keeps each one's own."""
+    return [Entry(name, tuple(tensor.shape), dtype or tensor.dtype, partial(_same, tensor)) for name, tensor in state.items()]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def write_file(path: Path, entries: Sequence[Entry]) -> str:
+    """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.num_bytes],
+        }
+        offset += entry.num_bytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-(8 + len(head)) % 64)  # the data then begins at a multiple of 64, which mapped reads like
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        start: bytes
+        for start in (len(head).to_bytes(8, "little"), head):
+            digest.update(start)
+            file.write(start)
+        for entry in entries:
+            tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
+            block = memory_of(tensor)
+            digest.update(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor without a copy, seen as uint8 because numpy has no bfloat16."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
