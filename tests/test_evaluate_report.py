@@ -171,7 +171,9 @@ def test_json_says_the_same_as_the_rows_and_can_be_read_back(task, rows, tmp_pat
 
 def test_every_key_of_the_json_is_documented(task, rows):
     general = rows[0].score
-    told = as_json([row("a", task, ("x",) * 4, general=general), row("b", task, ("x",) * 4, first=rows[0], general=general)], task)
+    told = as_json(
+        [row("a", task, ("x",) * 4, general=general), row("b", task, ("x",) * 4, first=rows[0], general=general)], task
+    )
     documented = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
     part = documented.split("## evaluate")[1].split("\n## ")[0]
 
