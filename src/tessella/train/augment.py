@@ -23,23 +23,31 @@ class Augmentation:
     brightness: float = 0.25  # each factor is drawn from [1 - x, 1 + x]
     contrast: float = 0.25
     saturation: float = 0.3
-    hue: float = 0.03  # share of the colour circle
+    hue: float = 0.015  # share of the colour circle; at 0.05 a yellow apple became the green kind
 
 
 AUGMENTATIONS = {
     "none": None,
     "light": Augmentation(least_area=0.5),
-    "photo": Augmentation(least_area=0.5, mirror=True, turn_deg=12.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05),
+    "photo": Augmentation(least_area=0.5, mirror=True, turn_deg=12.0, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.02),
 }
 
 
 def augment(picture: Image.Image, name: str, *, seed: int, epoch: int, sample: str) -> Image.Image:
-    """Change an RGB picture as AUGMENTATIONS[name] says; the same (seed, epoch, sample) gives the same pixels."""
+    """Change an RGB picture as AUGMENTATIONS[name] says; the same (seed, epoch, sample) gives the same pixels.
+
+    The size stays, so that grid, slots and length of the sample stay what they were measured to be.
+    """
     settings = AUGMENTATIONS[name]
     if settings is None:
         return picture
     digest = hashlib.sha256(f"{seed}/{epoch}/{sample}".encode()).digest()
     chance = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+    return apply(picture, settings, chance)
+
+
+def apply(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:
+    """One look: turned, cropped, mirrored or not, recoloured."""
     picture = _crop(_turn(picture, settings, chance), settings, chance)
     if settings.mirror and chance.random() < 0.5:
         picture = picture.transpose(MIRROR)
@@ -56,11 +64,11 @@ def _turn(picture: Image.Image, settings: Augmentation, chance: np.random.Genera
 def _crop(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:
     area = chance.uniform(settings.least_area, 1.0)
     stretch = float(np.exp(chance.uniform(-1, 1) * np.log(settings.aspect)))
-    width = min(picture.width, max(1, round(picture.width * (area * stretch) ** 0.5)))
-    height = min(picture.height, max(1, round(picture.height * (area / stretch) ** 0.5)))
-    left = int(chance.integers(0, picture.width - width + 1))
-    top = int(chance.integers(0, picture.height - height + 1))
-    return picture.crop((left, top, left + width, top + height))
+    width = min(1.0, (area * stretch) ** 0.5) * picture.width
+    height = min(1.0, (area / stretch) ** 0.5) * picture.height
+    left = chance.uniform(0, picture.width - width)
+    top = chance.uniform(0, picture.height - height)
+    return picture.resize(picture.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 
 def _colour(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:

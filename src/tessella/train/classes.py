@@ -99,6 +99,9 @@ def _parts(folder: Path, found: Found) -> list[tuple[Path, str]]:
     held = [named[name] for name in HELD_OUT_FOLDERS if name in named]
     if not train or set(below) - set(train) - set(held):
         return [(folder, "")]
+    strays = sum(path.is_file() and path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    if strays:
+        found.notes.append(f"{strays:,} pictures beside {train[0].name}/ are left alone: move them into a class folder below it")
     for left in held[1:]:
         found.notes.append(f"{left.name}/ is left alone: {held[0].name}/ is what is held out")
     if not held:

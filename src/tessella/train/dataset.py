@@ -13,7 +13,7 @@ from typing import Literal
 
 from tessella.chat import Message
 from tessella.errors import DataError, PromptError
-from tessella.image import Size
+from tessella.image import LIMIT_MEGAPIXELS, Size
 from tessella.inputs import Inputs, Picture
 from tessella.train.classes import Asking, read_folder
 from tessella.train.foodieqa import drafts_of_sivqa, is_sivqa
@@ -236,7 +236,9 @@ def _drafts_of(place: str, row: object, format: str, root: Path, language: str, 
 
 def _examine(found: Found, inputs: Inputs | None, decode: bool) -> list[tuple[Draft, Sample]]:
     """Drafts whose pictures are sound and whose length fits, with their samples; the others go into found.skipped."""
-    looked_at = examine_pictures((source for draft in found.drafts for source in draft.sources), decode=decode)
+    limit_megapixels = LIMIT_MEGAPIXELS if inputs is None else inputs.limit_megapixels
+    sources = [source for draft in found.drafts for source in draft.sources]
+    looked_at = examine_pictures(sources, decode=decode, limit_megapixels=limit_megapixels)
     samples = []
     for draft in found.drafts:
         sizes = [looked_at[source] for source in draft.sources]

@@ -16,7 +16,6 @@ from tessella.image import count_tiles
 from tessella.inputs import Inputs, ModelInput
 from tessella.train.dataset import Ledger, Sample, read_dataset
 
-DECODE_AT_MOST = 20_000  # pictures; beyond, headers and file ends must do
 LEARNED = ("«", "»")  # around what the loss counts
 
 
@@ -129,7 +128,7 @@ def _spreads(samples: Sequence[Sample], inputs: Inputs) -> tuple[Spread, ...]:
         "learned tokens": [_learned(sample, inputs) for sample in samples],
         "turns": [len(sample.messages) for sample in samples],
         "pictures": [len(sample.pictures) for sample in samples],
-        "tiles (with thumbnail)": [count_tiles(*size, inputs.tile_rule) for size in sizes],
+        "tiles of a picture": [count_tiles(*size, inputs.rule()) for size in sizes],
         "width px": [size.width_px for size in sizes],
         "height px": [size.height_px for size in sizes],
     }
@@ -198,7 +197,7 @@ def _one_answer(samples: Sequence[Sample]) -> str:
 
 
 def _tiny_pictures(samples: Sequence[Sample], inputs: Inputs) -> str:
-    side = inputs.tile_rule.size_px // 4
+    side = inputs.rule().size_px // 4
     tiny = [sample for sample in samples if any(min(size) < side for size in sample.sizes)]
     if not tiny:
         return ""
