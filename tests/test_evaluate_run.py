@@ -104,14 +104,26 @@ def test_a_stopped_run_goes_on_and_gives_the_same(folders, tmp_path, monkeypatch
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]] == [item.key for item in task.items]
 
 
-def test_answers_of_other_weights_or_other_questions_are_not_taken_over(folders, tmp_path):
+def test_answers_of_other_weights_questions_or_settings_are_not_taken_over(tmp_path):
     folder = tiny_folder(tmp_path / "model", "LlamaForCausalLM", 0)
-    evaluate([folder], make_task(1), tmp_path / "out", settings=SETTINGS, console=QUIET)
-    with pytest.raises(DataError, match=r"questions is .*remove it or give another folder"):
-        evaluate([folder], make_task(2), tmp_path / "out", settings=SETTINGS, console=QUIET)
+
+    def taken_over(count, settings=SETTINGS):
+        return evaluate([folder], make_task(count), tmp_path / "out", settings=settings, console=QUIET)[0].taken_over
+
+    assert [taken_over(1), taken_over(1), taken_over(2)] == [0, 2, 0]
+    assert taken_over(1, Settings(device="cpu", dtype="float32", system="Be brief.")) == 0
     tiny_folder(folder, "LlamaForCausalLM", 1)
-    with pytest.raises(DataError, match="weights is"):
-        evaluate([folder], make_task(1), tmp_path / "out", settings=SETTINGS, console=QUIET)
+    assert [taken_over(1), taken_over(1)] == [0, 2]
+
+
+@pytest.mark.parametrize("damage", ["header", "line", "keys"])
+def test_a_damaged_file_of_answers_is_told_and_not_scored(folders, tmp_path, damage):
+    path = evaluate(folders[:1], make_task(1), tmp_path, settings=SETTINGS, console=QUIET)[0].answers_file
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = {"header": ["{}", *lines[1:]], "line": [lines[0], "{broken", lines[2]], "keys": [lines[0], '{"key": "k0"}']}[damage]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"jsonl:[12] is .*remove the file"):
+        evaluate(folders[:1], make_task(1), tmp_path, settings=SETTINGS, console=QUIET)
 
 
 def test_an_item_that_cannot_be_asked_is_wrong_told_and_asked_again_when_mended(folders, tmp_path):

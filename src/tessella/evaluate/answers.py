@@ -66,10 +66,7 @@ class AnswerFile:
         lines = whole.decode("utf-8").split("\n")[:-1]
         found = _parse(lines[0], self.path, 1) if lines else None
         if found != self.header:
-            raise DataError(
-                f"{self.path} holds answers to other questions, of another model or other settings"
-                f"{_difference(found, self.header)}; remove it or give another folder"
-            )
+            raise DataError(f"{self.path}:1 is not the header that belongs to these questions; remove the file to ask again")
         for number, line in enumerate(lines[1:], 2):
             answer = Answer(**_parse(line, self.path, number))
             self.answers[answer.key] = answer
@@ -90,11 +87,3 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict) or (number > 1 and set(row) != {"key", "text", "failed"}):
         raise DataError(f"{path}:{number} is no answer; remove the file to ask again")
     return row
-
-
-def _difference(found: dict[str, Any] | None, wanted: dict[str, str]) -> str:
-    """The first field that differs, for the message."""
-    for key, value in wanted.items():
-        if found and found.get(key) != value:
-            return f' ({key} is "{found.get(key)}" there, "{value}" here)'
-    return ""

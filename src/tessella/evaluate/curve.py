@@ -73,4 +73,6 @@ def draw(curves: dict[str, list[tuple[int, float]]]) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("'DejaVu Sans', ", "").rstrip()
-    return re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="loss by step">', svg, count=1)
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # its rule would hold for the whole page
+    head = r'<svg viewBox="\1" role="img" aria-label="loss by step" stroke-linejoin="round">'
+    return re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', head, svg, count=1)

@@ -6,6 +6,7 @@ Models are loaded one after the other and freed; answers are made through inputs
 
 import gc
 import hashlib
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -121,10 +122,11 @@ def evaluate(
 ) -> list[Row]:
     """Ask each model the same items and judge the answers; the first model is what the others are compared with.
 
-    folder: where answers are kept (folder/answers/*.jsonl); a rerun goes on from them. forgetting: ask the general
+    folder: where answers are kept (folder/answers/*.jsonl); a rerun with the same weights, questions and settings goes on
+    from them. forgetting: ask the general
     questions too and read the passage. An item that a model cannot be asked (its picture is broken, its prompt too
     long) counts as wrong and says why. Raises ConfigError for models given twice or labels that do not fit, DataError
-    when no item could be asked or the folder holds other answers, and what loading raises.
+    when no item could be asked or a file of answers is damaged, and what loading raises.
     """
     names = [str(model) for model in models]
     if not names or len(set(names)) < len(names):
@@ -238,7 +240,7 @@ def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: 
     given = Path(name)
     weights = fingerprint(loaded.folder) + (fingerprint(given) if given.is_dir() else "")
     header = {
-        "model": name,
+        "model": str(given.resolve()) if given.is_dir() else name,
         "weights": weights,
         "task": task.name,
         "questions": task.digest(),
@@ -247,9 +249,9 @@ def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: 
         "max_tiles": str(settings.max_tiles),
         "system": str(settings.system),
     }
-    # The name alone may be shared (runs/a/final, runs/b/final), so a few letters of its hash stand behind it.
-    unique = hashlib.sha256(str(given.resolve() if given.is_dir() else name).encode()).hexdigest()[:8]
-    return AnswerFile(folder / "answers" / f"{_plain(given.name)}-{unique}-{_plain(task.name)}.jsonl", header)
+    # The hash keeps runs of like names apart, and a changed model, question or setting gets a file of its own.
+    unique = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:10]
+    return AnswerFile(folder / "answers" / f"{_plain(given.name)}-{_plain(task.name)}-{unique}.jsonl", header)
 
 
 def _plain(name: str) -> str:
