@@ -68,9 +68,7 @@ def template_named(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def render(
-    messages: Sequence[Message], template: Template, *, system: str | None = None, open_turn: bool
-) -> tuple[Piece, ...]:
+def render(messages: Sequence[Message], template: Template, *, system: str | None = None, open_turn: bool) -> tuple[Piece, ...]:
     """The conversation in the family's form; open_turn adds the head of the answer that the model is to write.
 
     The system text is the first of: a system message, system, the template's own. An empty one leaves the system turn out,

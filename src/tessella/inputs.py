@@ -16,7 +16,7 @@ from torch import Tensor
 from tessella.chat import Message, Piece, count_marks, render, template_named
 from tessella.config import ModelConfig
 from tessella.errors import CheckpointError, ConfigError, ContextError, PromptError
-from tessella.image import LIMIT_MEGAPIXELS, Size, TileRule, Tiles, count_tiles, cut_tiles, open_image, read_size
+from tessella.image import LIMIT_MEGAPIXELS, MOST_TILES, Size, TileRule, Tiles, count_tiles, cut_tiles, open_image, read_size
 from tessella.tokenizer import Tokenizer
 
 
@@ -161,23 +161,26 @@ class Inputs:
         return cut_tiles(image, self._rule(picture.max_tiles))
 
     def _too_long(self, tokens: int, sizes: Sequence[Size], limits: Sequence[int | None], room: int) -> str:
-        """What is too long, by how much, and the largest --max-tiles that would do, if any does."""
-        per_tile = self.config.slots_per_tile
-        tiles = sum(count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, limits, strict=True))
-        text = tokens - tiles * per_tile
+        """What is too long, by how much, and a --max-tiles that would do, if any does."""
+        tiles = self._count(sizes, limits)
         what = f"{tokens:,} tokens" + (f" with {tiles} tile{'' if tiles == 1 else 's'}" if tiles else "")
         if room:
             what += f" and {room:,} more for the answer"
         what += f"; at most {self.context_tokens:,}: "
+        fitting = (self.context_tokens - room - tokens) // self.config.slots_per_tile + tiles
         most = max([self.max_tiles if limit is None else limit for limit in limits], default=0)
-        for fewer in range(most - 1, 0, -1):
-            capped = [min(fewer, self.max_tiles if limit is None else limit) for limit in limits]
-            count = sum(count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, capped, strict=True))
-            if text + count * per_tile + room <= self.context_tokens:
-                return f"{what}fewer tiles, or --max-tiles {fewer}"
+        counts = {cap: self._count(sizes, limits, cap) for cap in range(1, most)}
+        best = max((count for count in counts.values() if count <= fitting), default=0)
+        if best:  # the smallest cap of those that cut alike: 6, not 11, where both make 3 x 2
+            return f"{what}fewer tiles, or --max-tiles {min(cap for cap, count in counts.items() if count == best)}"
         if room and tokens <= self.context_tokens:
             return f"{what}ask for an answer of at most {self.context_tokens - tokens:,} (--max-tokens)"
         return what + ("fewer pictures or turns, or a shorter text" if tiles else "fewer turns, or a shorter text")
+
+    def _count(self, sizes: Sequence[Size], limits: Sequence[int | None], cap: int = MOST_TILES) -> int:
+        """Tiles of all pictures, none cut into more than cap."""
+        caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
+        return sum(count_tiles(*size, self._rule(most)) for size, most in zip(sizes, caps, strict=True))
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

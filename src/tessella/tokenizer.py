@@ -24,9 +24,7 @@ from tessella.errors import CheckpointError, PromptError
 
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 # Qwen2Tokenizer of transformers: how text is split before byte-level BPE.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -137,7 +135,7 @@ class Tokenizer:
         if found is None:
             found = self._vocabulary.find(token)
         if found is None:
-            raise CheckpointError(f'no token "{token}" among the tokenizer\'s {self.vocab_size:,}; use the model\'s tokenizer')
+            raise CheckpointError(f"no token \"{token}\" among the tokenizer's {self.vocab_size:,}; use the model's tokenizer")
         return found
 
     def bytes_of(self, token_id: int, skip_special: bool, keep_grounding: bool) -> bytes:
@@ -330,9 +328,7 @@ def _side_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Added]:
     return tokens
 
 
-def _bos_id(
-    config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[int, Added], vocabulary: Vocabulary
-) -> int | None:
+def _bos_id(config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[int, Added], vocabulary: Vocabulary) -> int | None:
     """The bos, if the files say that it goes in front: add_bos_token, else the post-processor of tokenizer.json."""
     token = config.get("bos_token")
     name = token.get("content") if isinstance(token, Mapping) else token
