@@ -63,11 +63,11 @@ def test_help_of_a_command_teaches_by_example(name: str) -> None:
 def test_every_field_of_a_recipe_is_a_flag(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('epochs = 7\nlora_rank = 4\ndata = ["a.jsonl"]\n', encoding="utf-8")
-    command = cli.parse(["finetune", str(recipe), "--lora-rank", "8", "--output", "somewhere", "--resume", "--betas", "0.9", "0.95"])
-    assert isinstance(command, cli.Finetune)
-    expected = Recipe(
-        epochs=7.0, lora_rank=8, data=(Path("a.jsonl"),), output=Path("somewhere"), resume=True, betas=(0.9, 0.95)
+    command = cli.parse(
+        ["finetune", str(recipe), "--lora-rank", "8", "--output", "somewhere", "--resume", "--betas", "0.9", "0.95"]
     )
+    assert isinstance(command, cli.Finetune)
+    expected = Recipe(epochs=7.0, lora_rank=8, data=(Path("a.jsonl"),), output=Path("somewhere"), resume=True, betas=(0.9, 0.95))
     assert command.recipe == expected
 
 
@@ -111,7 +111,6 @@ def test_pictures_do_not_swallow_the_question() -> None:
         (["convert", "./nowhere", "./out"], "nowhere"),
         (["evaluate", "./nowhere"], "--data"),
         (["chat", "--json", "no/such/folder/x.json", "hello"], "no/such/folder"),
-        (["chat", "--device", "toaster", "hello"], "toaster"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,9 +119,9 @@ def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, 
     assert error.startswith("tessella: ") and told in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("words", [["chatt"], ["chat", "--imagee", "x"], ["convert", "only-one"], ["convert", "a", "b", "--to", "pth"]])
-def test_unknown_words_end_with_2_and_a_hint(words: list[str]) -> None:
-    done = tessella(*words)
+@pytest.mark.parametrize("words", ["chatt", "--version-of-what", "chat --imagee x", "convert only-one", "convert a b --to pth"])
+def test_unknown_words_end_with_2_and_a_hint(words: str) -> None:
+    done = tessella(*words.split())
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert "--help" in done.stderr + done.stdout

@@ -4,6 +4,7 @@ Every room that needs torch is imported inside the command that needs it: torch 
 in which `tessella --help` must answer. The Recipe is plain data and is imported at the top, because each of its fields is a flag.
 """
 
+import difflib
 import errno
 import json
 import os
@@ -11,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from tessella.errors import ConfigError, TessellaError
+from tessella.foods import STYLES
 from tessella.train.recipe import Recipe, load_recipe
 
 ABOUT = """InternVL2 from tiles to tokens to an answer: ask, teach, convert, compare, ask again.
@@ -64,7 +66,8 @@ EVALUATE = """Score models side by side on the same questions, through the same 
 examples:
   tessella evaluate tessella-nano ./mine --data photos/ --held-out 0.1 --html report.html
   tessella evaluate ./base ./mine --data questions.jsonl --metric contains --json scores.json
-  tessella evaluate tessella-nano --skills work/skills            the built-in model's skills, made by recipes/nano/make_data.py
+  tessella evaluate tessella-nano --skills --data work/skills     made by recipes/nano/make_data.py --stage skills
+  tessella evaluate ./base runs/food --recipe runs/food/recipe.toml     what that run held out
 
 The first model is compared with each other one by McNemar's test; each score has a Wilson 95 % interval."""
 
@@ -77,7 +80,8 @@ examples:
 
 DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, score again, ask again.
 
-Foods in English and Chinese, drawn in four styles: three to learn from, one only to be tested on. At most 6 minutes on 2 CPU cores.
+Foods in English and Chinese, drawn in four styles: three to learn from, one only to be tested on.
+It is made for 2 CPU cores and at most 6 minutes.
 
 examples:
   tessella demo
@@ -140,7 +144,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Finetune:
-    recipe_file: Annotated[Positional[Path | None], arg(metavar="[RECIPE]", help="A TOML file; each of its keys is a flag.")] = None
+    recipe_file: Annotated[Positional[Path | None], arg(metavar="[RECIPE]", help="A TOML file; its keys are flags too.")] = None
     recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     json: Path | None = None
     """Write the result there too; docs/json.md lists the keys."""
@@ -172,15 +176,19 @@ class Convert:
 
 @dataclass(frozen=True)
 class Evaluate:
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL", help="One or more; the first is compared with each other.")]
+    models: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="MODEL", help="One or more; the first is compared with the others.")
+    ]
     data: tuple[Path, ...] = ()
     """Questions: JSON lines with question, image and answers; or any dataset that finetune reads."""
+    recipe: Path | None = None
+    """Score what this recipe holds out, as its run saw it; finetune leaves one in its output folder."""
     skills: bool = False
     """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
     metric: Literal["exact", "contains", "choice", "anls"] = "exact"
     """What is right: the same words, holding them, the same letter, or near in spelling."""
     held_out: float = 1.0
-    """Of a dataset, score only this held-out share (with the seed of the recipe); 1: everything."""
+    """Of a dataset, score only the share that finetune holds out with the same number and seed; 1: everything."""
     seed: int = 0
     """Seed of the held-out split."""
     limit: int | None = None
@@ -189,6 +197,8 @@ class Evaluate:
     """Longest answer in tokens."""
     max_tiles: int | None = None
     """Most tiles a picture is cut into, 1 to 40; default: what each model says."""
+    system: str | None = None
+    """System message; default: the one of each model's template."""
     batch_items: int = 16
     """Questions that run together."""
     forgetting: bool = False
@@ -200,14 +210,19 @@ class Evaluate:
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
-        from tessella.scoring import Scoring, score  # torch
+        from tessella.evaluate.run import Settings  # torch
+        from tessella.scoring import Questions, score  # torch
 
-        raise AssertionError
+        questions = Questions(
+            self.data, self.recipe, self.skills, self.held_out, self.seed, self.limit, self.metric, self.max_tokens
+        )
+        settings = Settings(self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items)
+        return score(self.models, questions, settings, self.output, self.html, self.forgetting)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    thing: Annotated[Positional[str], arg(metavar="THING", help="A picture, a dataset, or a model.")]
+    thing: Annotated[Positional[str], arg(metavar="THING", help="A picture, a dataset, or a model.")] = "tessella-nano"
     model: str = "tessella-nano"
     """The model through whose eyes pictures and datasets are seen."""
     output: Path | None = None
@@ -219,7 +234,7 @@ class Inspect:
     def run(self) -> Result:
         from tessella.inspection import inspect  # torch
 
-        return inspect(self.thing, self.model, self.output, self.max_tiles, self.place.dtype)
+        return inspect(self.thing, self.model, self.output, self.max_tiles, self.place.device, self.place.dtype)
 
 
 @dataclass(frozen=True)
@@ -227,30 +242,39 @@ class Demo:
     model: str = "tessella-nano"
     """The model to teach."""
     styles: tuple[str, ...] = ()
-    """Drawing styles to learn from; default: all but the test style."""
-    test_style: str | None = None
-    """Drawing style that is only tested; default: the last."""
+    """Drawing styles to learn from, of those shipped; default: all but the test style."""
+    test_style: str = STYLES[-1]
+    """Drawing style that is only tested."""
     foods: int | None = None
     """Only the first so many foods; default: all."""
-    epochs: float | None = None
-    """Passes over the pictures; default: what fits into the time."""
+    epochs: float = 6.0
+    """Passes over the pictures."""
     output: Path = Path("runs/demo")
-    """Folder of everything the demo makes; a stopped demo goes on there."""
+    """Folder of everything the demo makes; a stopped demo goes on there, a finished one is done anew."""
     fresh: bool = False
-    """Begin again, whatever an earlier demo left in the folder."""
+    """Begin again, whatever a stopped demo left in the folder."""
     seed: int = 0
     """Seed of everything that chance decides."""
     open: bool = True
-    """Open the report in a browser, where there is one."""
+    """Open the report in a browser, where there is a screen."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
         from tessella.demo import Plan, run  # torch, PEFT
 
         plan = Plan(
-            self.model, self.styles, self.test_style, self.foods, self.epochs, self.output, self.fresh, self.seed,
-            self.place.device, self.place.dtype, self.open,
-        )  # fmt: skip
+            model=self.model,
+            styles=self.styles,
+            test_style=self.test_style,
+            foods=self.foods,
+            epochs=self.epochs,
+            output=self.output,
+            fresh=self.fresh,
+            seed=self.seed,
+            device=self.place.device,
+            dtype=self.place.dtype,
+            open=self.open,
+        )
         return run(plan).as_json()
 
 
@@ -282,18 +306,31 @@ def recipe_among(words: Sequence[str]) -> Path | None:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The words after `tessella` -> one command. Exits with 2 and a hint when they make none. Raises ConfigError for a bad recipe."""
-    if words and words[0] in COMMANDS:
-        kind, about = COMMANDS[words[0]]
-        default = Finetune(recipe=load_recipe(recipe_among(words[1:]))) if kind is Finetune else None
-        options = {} if default is None else {"default": default}
-        command: Command = tyro.cli(kind, prog=f"tessella {words[0]}", description=about, args=list(words[1:]), **options)
-        return command
-    listed = {name: kind for name, (kind, _) in COMMANDS.items()}
-    first_lines = {name: about.partition("\n")[0] for name, (_, about) in COMMANDS.items()}
-    union = Union[tuple(Annotated[kind, subcommand(name, description=first_lines[name])] for name, kind in listed.items())]
-    tyro.cli(union, prog="tessella", description=ABOUT, args=list(words) or ["--help"])
-    raise AssertionError("a word that is no command ends the program")
+    """The words after `tessella` -> one command. Ends the program when help was asked for (0) or the words make no command (2).
+
+    Raises ConfigError for a bad recipe.
+    """
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(front_page())
+        sys.exit(0)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        sys.exit(tell(f'"{name}" is no command; {hint} (tessella --help tells more)'))
+    kind, about = COMMANDS[name]
+    if kind is Finetune:
+        default = Finetune(recipe=load_recipe(recipe_among(words[1:])))
+        return tyro.cli(Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default)
+    command: Command = tyro.cli(kind, prog=f"tessella {name}", description=about, args=list(words[1:]))
+    return command
+
+
+def front_page() -> str:
+    """What `tessella --help` prints: the commands with a line each, then examples."""
+    lines = [f"  {name:<10}{about.partition(chr(10))[0]}" for name, (_, about) in COMMANDS.items()]
+    first, _, rest = ABOUT.partition("\n")
+    return "\n".join([f"usage: tessella {{{','.join(COMMANDS)}}} …", "", first, "", "commands:", *lines, rest])
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -304,7 +341,7 @@ def main(words: Sequence[str] | None = None) -> int:
         path = command.json if isinstance(command, Finetune) else command.place.json
         if path is not None and not path.expanduser().resolve().parent.is_dir():
             raise ConfigError(f"--json {path}: {path.parent} is no folder; make it first")  # now, not after an hour's work
-        result = command.run()
+        result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}
         if path is not None:
             write_json(path.expanduser(), result)
         return 0

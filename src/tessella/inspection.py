@@ -1,6 +1,6 @@
 """What the model will really see of a picture, of a dataset, and what a model is made of.
 
-In: a path and the model through whose eyes it is seen.  Out: tables on the screen, a drawing of the tiles, a plain result for --json.
+In: a path and the model through whose eyes it is seen.  Out: tables on the screen, a drawing of the tiles, the result for --json.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,10 +18,11 @@ from tessella.checkpoint.weights import open_weights
 from tessella.config import ModelConfig, load_config
 from tessella.errors import DataError
 from tessella.image import Tiles, cut_tiles, open_image
-from tessella.inputs import Inputs, ModelInput, Picture
+from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
+from tessella.train.survey import render_survey, runs_of, survey
 
 QUESTION = "What is in this picture?"
 GAP_PX = 8
@@ -42,11 +43,11 @@ def inspect(thing: str, model: str, output: Path | None, max_tiles: int | None, 
     raise DataError(f"{path} is neither a file nor a folder; give a picture, a dataset or a model")
 
 
-def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, Tokenizer, ModelConfig]:
+def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, ModelConfig]:
     """Prompts and tiles of a model, without its weights."""
     folder, _ = find_model(model)
-    config, tokenizer = load_config(folder), Tokenizer.load(folder)
-    return Inputs(config, tokenizer, max_tiles=max_tiles), tokenizer, config
+    config = load_config(folder)
+    return Inputs(config, Tokenizer.load(folder), max_tiles=max_tiles), config
 
 
 # ---- a picture
@@ -54,7 +55,7 @@ def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, Tokenizer, ModelCon
 
 def inspect_image(path: Path, model: str, output: Path, max_tiles: int | None, console: Console) -> dict[str, Any]:
     """Draw the tiles to output and print what they cost."""
-    inputs, tokenizer, config = eyes(model, max_tiles)
+    inputs, config = eyes(model, max_tiles)
     tiles = cut_tiles(open_image(path), inputs.rule())
     prompt = inputs.build([Message("user", place_marks(QUESTION, 1))], [Picture(path)])
     draw_tiles(tiles).save(output)
@@ -64,12 +65,12 @@ def inspect_image(path: Path, model: str, output: Path, max_tiles: int | None, c
         "size": f"{tiles.width_px} x {tiles.height_px} px",
         "grid": f"{grid.columns} columns x {grid.rows} rows" + (" and a thumbnail" if thumbnail else ""),
         "tiles": f"{total} of {config.tile_size_px} px, {config.slots_per_tile} visual tokens each",
-        "prompt": f"{len(prompt)} tokens, {int(prompt.slots.sum())} of them visual, of {config.context_tokens} that the model takes",
+        "prompt": f"{len(prompt)} tokens, {int(prompt.slots.sum())} of them visual; the model takes {config.context_tokens}",
         "drawn": str(output),
     }
     print_facts(str(path), facts, console)
     console.print(f"\nThe prompt for “{QUESTION}”:", highlight=False)
-    console.print(readable(prompt, tokenizer), markup=False, highlight=False)
+    console.print("".join(run.text for run in runs_of(prompt, inputs)), markup=False, highlight=False)
     return {
         "kind": "image",
         "path": str(path),
@@ -106,27 +107,15 @@ def draw_tiles(tiles: Tiles) -> Image.Image:
     return sheet
 
 
-def readable(prompt: ModelInput, tokenizer: Tokenizer) -> str:
-    """The prompt as text, special tokens shown, each run of visual slots as one word."""
-    pieces: list[str] = []
-    ids: list[int] = prompt.ids.tolist()
-    slots: list[bool] = prompt.slots.tolist()
-    start = 0
-    while start < len(ids):
-        end = start
-        while end < len(ids) and slots[end] == slots[start]:
-            end += 1
-        run = ids[start:end]
-        pieces.append(f"{len(run)} x {tokenizer.decode(run[:1], skip_special=False)}" if slots[start] else tokenizer.decode(run, skip_special=False))
-        start = end
-    return "".join(pieces)
-
-
 # ---- a dataset
 
 
 def inspect_dataset(path: Path, model: str, max_tiles: int | None, console: Console) -> dict[str, Any]:
-    raise AssertionError
+    """Read it whole, print the table and what is wrong with it."""
+    inputs, _ = eyes(model, max_tiles)
+    found = survey(path, inputs)
+    console.print(render_survey(found), markup=False, highlight=False, soft_wrap=True)
+    return {"kind": "dataset", **found.as_dict()}
 
 
 # ---- a model
@@ -184,8 +173,10 @@ def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[
         "folder": str(folder) + (f", with the adapter {adapter}" if adapter else ""),
         "tower": f"{millions(parts.tower)}: {vision.num_layers} layers of {vision.hidden_size}, {vision.norm}, "
         f"tiles of {config.tile_size_px} px in patches of {vision.patch_size_px} px",
-        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, pixel shuffle {config.pixel_shuffle_version}",
-        "language model": f"{millions(parts.layers)}: {language.architecture}, {language.num_layers} layers of {language.hidden_size}, "
+        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, "
+        f"pixel shuffle {config.pixel_shuffle_version}",
+        "language model": f"{millions(parts.layers)}: {language.architecture}, "
+        f"{language.num_layers} layers of {language.hidden_size}, "
         f"{language.num_heads} heads on {language.num_kv_heads}",
         "embeddings": f"{millions(parts.embeddings)}: {language.vocab_size:,} tokens"
         + (", the head is the same table" if not parts.head else f"; the head {millions(parts.head)}"),

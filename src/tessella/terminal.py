@@ -53,8 +53,9 @@ class Talk:
     turns: list[Turn] = field(default_factory=list)
 
     def ask(self, text: str, pictures: list[Path]) -> Iterator[str]:
-        """Ask with new pictures; yields the answer in pieces. Raises ContextError, ImageError or PromptError and changes nothing then.
+        """Ask with new pictures; yields the answer in pieces.
 
+        Raises ContextError, ImageError or PromptError, and changes nothing then.
         An answer that the caller stops taking is kept as far as it came, so that the next turn can refer to it.
         """
         shown = [Picture(path) for path in pictures]
@@ -186,7 +187,10 @@ def _show(talk: Talk, path: Path, out: TextIO) -> bool:
         return False
     grid, tokens = tiles.grid, len(tiles.pixels) * talk.loaded.config.slots_per_tile
     thumbnail = " and a thumbnail" if len(tiles.pixels) > grid.columns * grid.rows else ""
-    print(f"{path}: {tiles.width_px} x {tiles.height_px} px, {grid.columns} x {grid.rows} tiles{thumbnail}, {tokens} tokens", file=out)
+    print(
+        f"{path}: {tiles.width_px} x {tiles.height_px} px, {grid.columns} x {grid.rows} tiles{thumbnail}, {tokens} tokens",
+        file=out,
+    )
     return True
 
 

@@ -1,0 +1,122 @@
+"""Which questions `tessella evaluate` asks, and the table it prints.
+
+In: the flags of the command.  Out: tasks, then rows on the screen, an HTML report, and the result for --json.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tessella.errors import DataError
+from tessella.evaluate.provenance import provenance
+from tessella.evaluate.report import as_json, percent, write_html
+from tessella.evaluate.run import Row, Settings, evaluate
+from tessella.evaluate.task import Item, Task, items_from, read_items
+from tessella.train.dataset import read_dataset, read_recipe_data
+from tessella.train.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where the questions come from: data, or what a recipe held out, or a folder of skills."""
+
+    data: tuple[Path, ...] = ()
+    recipe: Path | None = None  # its held-out part, exactly as its run saw it
+    skills: bool = False  # each JSONL file below data is a task of its own
+    held_out: float = 1.0  # share of a dataset, below 1; 1: all of it
+    seed: int = 0
+    limit: int | None = None
+    metric: str = "exact"
+    max_tokens: int = 32
+
+    def tasks(self) -> list[Task]:
+        """Raises DataError when there is nothing to ask."""
+        if self.skills:
+            return [self._task(path.stem, read_items(path)) for path in skill_files(self.data)]
+        if self.recipe is not None:
+            held_out = read_recipe_data(load_recipe(self.recipe)).held_out
+            return [self._task(self.recipe.stem, items_from(held_out))]
+        if not self.data:
+            raise DataError("there are no questions; give --data PATH (or --recipe FILE, to score what a run held out)")
+        items = tuple(item for path in self.data for item in self._items(path))
+        return [self._task(self.data[0].stem, items)]
+
+    def _task(self, name: str, items: tuple[Item, ...]) -> Task:
+        return Task(name, items[: self.limit], self.metric, self.max_tokens)
+
+    def _items(self, path: Path) -> tuple[Item, ...]:
+        if path.is_file() and holds_questions(path):
+            return read_items(path)
+        split, share = ("held_out", self.held_out) if self.held_out < 1 else ("all", 0.0)
+        samples, _ = read_dataset(path, split=split, held_out=share, seed=self.seed)  # type: ignore[arg-type]
+        return items_from(samples)
+
+
+def holds_questions(path: Path) -> bool:
+    """Whether a file's first row is a question with answers, and not a conversation to learn from."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(first)
+    except json.JSONDecodeError:
+        return False  # an array over many lines, or damage, which the dataset's reader tells better
+    return isinstance(row, dict) and ("answer" in row or "answers" in row)
+
+
+def skill_files(folders: tuple[Path, ...]) -> list[Path]:
+    """The JSON-lines files of questions in the folder that recipes/nano/make_data.py wrote."""
+    files = [path for folder in folders for path in sorted(folder.rglob("*.jsonl")) if holds_questions(path)]
+    if not files:
+        raise DataError(
+            "--skills needs --data FOLDER with the files of questions that recipes/nano/make_data.py --stage skills writes; "
+            f"there are none in {', '.join(map(str, folders)) or 'no folder'}"
+        )
+    return files
+
+
+def score(
+    models: tuple[str, ...], questions: Questions, settings: Settings, output: Path, html: Path | None, forgetting: bool
+) -> dict[str, Any]:
+    """Ask every model every task and show the table; gives what --json writes."""
+    if not models:
+        raise DataError("there is no model to score; give one MODEL or more")
+    tasks, console, origin = questions.tasks(), Console(), provenance()
+    results = []
+    for number, task in enumerate(tasks):
+        # The general questions are the same beside every task, so they are asked once.
+        rows = evaluate(models, task, output, forgetting=forgetting and number == 0, settings=settings)
+        console.print(table_of(task, rows))
+        results.append(as_json(rows, task, origin))
+        if html is not None:
+            page = html if len(tasks) == 1 else html.with_name(f"{html.stem}-{task.name}{html.suffix}")
+            write_html(page, rows, task, origin=origin)
+            console.print(f"report: {page}", highlight=False)
+    return results[0] if len(results) == 1 else {"tasks": results}
+
+
+def table_of(task: Task, rows: list[Row]) -> Table:
+    """One line a model: score, interval, and what sets it apart from the first."""
+    table = Table(title=f"{task.name}: {len(task.items):,} questions, {task.metric}", title_justify="left")
+    for name in ("model", "score", "95 % interval", "right", "against the first"):
+        table.add_column(name)
+    if rows[0].general is not None:
+        table.add_column("general")
+        table.add_column("perplexity")
+    for row in rows:
+        interval, test = row.score.interval, row.against_first
+        against = "" if test is None else f"p = {test.p_mid:.2g}"
+        cells = [
+            row.label,
+            percent(row.score.mean),
+            f"{percent(interval.low)} to {percent(interval.high)}",
+            f"{row.score.right:,} of {row.score.total:,}",
+            against,
+        ]
+        if row.general is not None:
+            cells += [f"{row.general.right} of {row.general.total}", f"{row.perplexity:.2f}"]
+        table.add_row(*cells)
+    return table
