@@ -1,0 +1,154 @@
+"""The plain way from a prompt to an answer: one prefill, then one token at a time, rows side by side without padding.
+
+In: ModelInputs.  Out: ids as they come, pieces of text, or whole answers.
+T tokens of all rows back to back, V vocabulary.  engine/ is what one runs for many users; this is what one reads.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tessella.inputs import ModelInput
+from tessella.model.attend import Causal, Dense
+from tessella.model.vision_language import VisionLanguageModel
+from tessella.sampling import Sampler, SamplingParams
+from tessella.tokenizer import Tokenizer
+
+TILES_AT_ONCE = 32  # tiles that run through the tower together; bounds memory, changes no number
+
+
+@torch.inference_mode()
+def visual_tokens(model: VisionLanguageModel, tiles: Tensor) -> Tensor | None:
+    """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D), or None when there is no tile."""
+    if not len(tiles):
+        return None
+    return torch.cat([model.visual_tokens(some.to(model.device)) for some in tiles.split(TILES_AT_ONCE)])
+
+
+@torch.inference_mode()
+def embed(model: VisionLanguageModel, inputs: Sequence[ModelInput]) -> Tensor:
+    """The embeddings (T, D) of all rows, pictures in their slots."""
+    ids = torch.cat([one.ids for one in inputs]).to(model.device)
+    slots = torch.cat([one.slots for one in inputs]).to(model.device)
+    return model.embed(ids, slots, visual_tokens(model, torch.cat([one.tiles for one in inputs])))
+
+
+@torch.inference_mode()
+def all_logits(model: VisionLanguageModel, one: ModelInput) -> Tensor:
+    """The logits (T, V) after every token of one prompt, without a cache; for proofs and scores."""
+    positions = torch.arange(len(one), device=model.device)
+    return model.logits(model(embed(model, [one]), positions, Causal([len(one)], model.device), len(one)))
+
+
+@torch.inference_mode()
+def generate_rows(
+    model: VisionLanguageModel, inputs: Sequence[ModelInput], params: SamplingParams, stop_ids: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """(row, id) as they come. A row ends at a stop id, which is not given out, or after params.max_tokens."""
+    lengths = [len(one) for one in inputs]
+    total = max(lengths) + params.max_tokens  # fixed at the start: a cached row turns by the same angles throughout
+    attend = Dense(len(inputs), model.config.language.num_layers)
+    attend.begin(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
+    hidden = model(embed(model, inputs), positions, attend, total)
+    ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    logits = model.logits(hidden[ends])
+    samplers = [Sampler(params) for _ in inputs]
+    seen = [one.ids.tolist() for one in inputs]
+    rows = list(range(len(inputs)))
+    for step in range(params.max_tokens):
+        ids = next_ids(logits, [samplers[row] for row in rows], [seen[row] for row in rows], params)
+        alive = [k for k, token in enumerate(ids) if token not in stop_ids]
+        for k in alive:
+            seen[rows[k]].append(ids[k])
+            yield rows[k], ids[k]
+        if not alive or step + 1 == params.max_tokens:
+            return
+        attend.keep(alive)
+        rows, ids = [rows[k] for k in alive], [ids[k] for k in alive]
+        attend.begin([1] * len(rows))
+        positions = torch.tensor([lengths[row] + step for row in rows], device=model.device)
+        embeddings = model.language_model.embed(torch.tensor(ids, device=model.device))
+        logits = model.logits(model(embeddings, positions, attend, total))
+
+
+def next_ids(logits: Tensor, samplers: Sequence[Sampler], seen: Sequence[list[int]], params: SamplingParams) -> list[int]:
+    """logits (R, V) of R rows -> the next id of each row."""
+    if params.temperature == 0 and params.repetition_penalty == 1:
+        ids: list[int] = logits.argmax(-1).tolist()  # one transfer for all rows
+        return ids
+    return [sampler.next(row, past) for sampler, row, past in zip(samplers, logits, seen, strict=True)]
+
+
+def generate(model: VisionLanguageModel, one: ModelInput, params: SamplingParams, stop_ids: Sequence[int]) -> Iterator[int]:
+    """The ids of the answer to one prompt, as they come."""
+    for _, token in generate_rows(model, [one], params, stop_ids):
+        yield token
+
+
+def generate_batch(
+    model: VisionLanguageModel,
+    inputs: Sequence[ModelInput],
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    progress: Callable[[int], None] | None = None,
+    rows_at_once: int = 16,
+) -> list[list[int]]:
+    """The ids of the answer to each prompt, in order. progress is told how many rows have just been finished.
+
+    Rows longer than the trained length run alone, because stretched RoPE depends on the longest row of a batch.
+    """
+    answers: list[list[int]] = [[] for _ in inputs]
+    for batch in _batches(model, inputs, params, rows_at_once):
+        for row, token in generate_rows(model, [inputs[i] for i in batch], params, stop_ids):
+            answers[batch[row]].append(token)
+        if progress:
+            progress(len(batch))
+    return answers
+
+
+def _batches(
+    model: VisionLanguageModel, inputs: Sequence[ModelInput], params: SamplingParams, rows_at_once: int
+) -> Iterator[list[int]]:
+    """Indices of rows that may run together, in order."""
+    batch: list[int] = []
+    for i, one in enumerate(inputs):
+        stretched = len(one) + params.max_tokens > model.config.language.max_positions
+        if batch and (stretched or len(batch) == rows_at_once):
+            yield batch
+            batch = []
+        batch.append(i)
+        if stretched:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def stream_text(
+    model: VisionLanguageModel, one: ModelInput, params: SamplingParams, tokenizer: Tokenizer, stop_ids: Sequence[int]
+) -> Iterator[str]:
+    """The answer as pieces of text in whole characters, ended before the first of params.stop.
+
+    Text that may yet become a stop string is held back until it is clear.
+    """
+    stream, held = tokenizer.stream(), ""
+    for token in generate(model, one, params, stop_ids):
+        held += stream.push(token)
+        found = [held.find(stop) for stop in params.stop if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        safe = len(held) - _held_back(held, params.stop)
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
+    held += stream.end()
+    if held:
+        yield held
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of text that is the beginning of a stop string."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
