@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from tessella.train.dataset import Ledger, Sample, read_dataset, read_recipe_dat
 from tessella.train.recipe import Recipe
 from tiny import tiny_config, tiny_tokenizer
 
+DOCUMENTATION = Path(__file__).parents[1] / "docs/data.md"
 GROCERY = Path(__file__).parents[2] / "shared/data/grocery-train-val.tar"
 
 
@@ -181,6 +183,29 @@ def test_class_names_have_no_underscore_dash_or_double_space(folder: str) -> Non
     assert name == " ".join(name.split())
 
 
+def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
+    for name in ("apple", "pear"):
+        picture(tmp_path / f"photos/{name}.jpg")
+    text = DOCUMENTATION.read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- file: (\S+) -->\n```json\n(.*?)```", text, re.DOTALL))
+    counts = {}
+    for name, block in blocks.items():
+        (tmp_path / name).write_text(block, encoding="utf-8")
+        counts[name] = len(read_dataset(tmp_path / name, max_bad_share=0.0)[0])
+    assert counts == {"llava.jsonl": 3, "messages.jsonl": 2, "sivqa_tidy.json": 1}
+    (hidden,), _ = read_dataset(tmp_path / "sivqa_tidy.json")
+    (shown,), _ = read_dataset(tmp_path / "sivqa_tidy.json", choices="shown")
+    for sample in (hidden, shown):
+        asked = sample.question.removeprefix("<image>\n").replace("\nC. 粤菜\nD. 鲁菜", " …").replace("\n", " ")
+        assert f"| {asked} | {sample.answer} |" in text
+    folders = re.findall(r'^      (\S+/\S+) +"(.+)"$', text, re.MULTILINE)
+    for name, _ in folders:
+        picture(tmp_path / "food" / name)
+    samples, _ = read_dataset(tmp_path / "food")
+    assert {sample.place: sample.label for sample in samples} == dict(folders)
+    assert len(folders) == 3
+
+
 def sivqa(dish: str, number: int, answer: str = "1") -> dict[str, Any]:
     return {
         "question": "图中的菜是哪个地区的？",
@@ -309,6 +334,12 @@ BAD_ROWS = [
     ),
     ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}, "broken turn", "None"),
     (sivqa("x", 1, answer="4"), "wrong answer index", '"4"'),
+    (llava("What?", "Apple", "A" * 5000), "picture missing", "AAAA"),  # base64 without data: before it
+    (llava("What?", "Apple", "~nobody/a.png"), "picture missing", "~nobody"),
+    (llava("What?", "Apple", "."), "picture unusable", "folder"),
+    ('{"n": ' + "1" * 5000 + "}", "broken JSON", "line 2"),
+    ("[" * 100_000, "broken JSON", "line 2"),
+    ('{"conversations": [{"from": "human", "value": "\\ud800"}, {"from": "gpt", "value": "x"}]}', "broken text", "surrogate"),
     ({**sivqa("x", 1), "choices": ["a", "b"]}, "no choices", "4 texts"),
     ({**sivqa("x", 1), "food_meta": {"food_file": "a.png"}}, "no food_name", "text"),
 ]
@@ -334,6 +365,44 @@ def test_a_bad_row_is_skipped_with_its_line_and_reason_and_the_others_are_used(
     assert detail in reason
     assert ledger.reasons() == [(reason.partition(":")[0], 1)]
     assert f"rows.jsonl:2{reason.removeprefix(reason.partition(':')[0])}" in ledger.report()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["", "a.png", "<image>", "user", "gpt", "text", "image_url"])
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["from", "value", "role", "content", "type", "text", "image_url", "url"]), inner, max_size=3
+        )
+    ),
+    max_leaves=12,
+)
+KEYS = ["image", "images", "conversations", "messages", "question", "choices", "answer", "food_meta", "food_name", "food_file"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5) | JSON, max_size=4))
+def test_whatever_the_rows_hold_each_is_used_or_skipped(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [llava("q", "a"), *rows]), encoding="utf-8")
+    samples, ledger = read_dataset(path, max_bad_share=1.0)
+    places = [sample.place for sample in samples] + [place for place, _ in ledger.skipped]
+    assert sorted(places) == sorted(f"rows.jsonl:{n}" for n in range(1, len(rows) + 2))
+    ledger.report().encode()
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere/cat/1.png")
+    picture(tmp_path / "data/dog/2.png")
+    (tmp_path / "data/cat").symlink_to(tmp_path / "elsewhere/cat")
+    (tmp_path / "data/dog/up").symlink_to(tmp_path / "data")
+    samples, ledger = read_dataset(tmp_path / "data")
+    assert [sample.label for sample in samples] == ["cat", "dog"]
+    assert any("links to a folder that holds it" in note for note in ledger.notes)
 
 
 def test_bytes_that_are_no_utf8_cost_one_line(tmp_path: Path) -> None:

@@ -117,8 +117,10 @@ def _pictures(folder: Path, root: Path, found: Found) -> list[Path]:
     """Picture files below root in a fixed order; the rest is noted."""
     pictures: list[Path] = []
     others: Counter[str] = Counter()
-    for here, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if not _hidden(name))
+    for here, below, files in os.walk(root, followlinks=True):
+        loops = [name for name in below if Path(here).resolve().is_relative_to(Path(here, name).resolve())]
+        found.notes += [f"{os.path.join(here, name)} links to a folder that holds it, so it is left alone" for name in loops]
+        below[:] = sorted(name for name in below if name not in loops and not _hidden(name))
         for name in sorted(files):
             path = Path(here, name)
             if path.suffix.lower() in SUFFIXES and not _hidden(name):

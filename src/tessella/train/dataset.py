@@ -5,6 +5,8 @@ In: a JSON or JSONL file, or a folder of folders.  Out: Samples (messages and pi
 
 import hashlib
 import math
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from tessella.train.recipe import Recipe
 
 Split = Literal["train", "held_out", "all"]
 FORMATS = ("auto", "llava", "openai", "folder", "foodieqa")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".7z", ".parquet", ".arrow")
 
 
@@ -196,7 +199,7 @@ def _find(path: Path, format: str, image_root: Path | None, asking: Asking, choi
     """Drafts of a file or folder, whatever its format."""
     if format not in FORMATS:
         raise DataError(f'format is "{format}", must be one of {", ".join(FORMATS)}')
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder; check the path")
     if path.suffix.lower() in ARCHIVES and path.is_file():
         raise DataError(f"{path} is packed; unpack it and give the folder, or the JSON file in it")
@@ -210,7 +213,7 @@ def _find(path: Path, format: str, image_root: Path | None, asking: Asking, choi
     root = path.parent if image_root is None else Path(image_root)
     for place, row in read_rows(path):
         try:
-            found.drafts += _drafts_of(place, row, format, root, asking.language, choices)
+            found.drafts += _sound(_drafts_of(place, row, format, root, asking.language, choices))
         except (DataError, PromptError) as error:  # not swallowed: it goes into the ledger, which stops the run when it fills up
             found.skipped.append((place, str(error)))
     return found
@@ -232,6 +235,15 @@ def _drafts_of(place: str, row: object, format: str, root: Path, language: str, 
     if format == "openai" and "conversations" in row:
         row = {key: value for key, value in row.items() if key != "conversations"}
     return [draft_row(place, row, root)]
+
+
+def _sound(drafts: list[Draft]) -> list[Draft]:
+    """The same drafts. Raises DataError for half characters, which JSON can write (\\ud800) and no tokenizer can read."""
+    for draft in drafts:
+        for text in (*(message.text for message in draft.messages), *draft.names, draft.label):
+            if HALF_CHARACTER.search(text):
+                raise DataError("broken text: half a surrogate pair in it; write the character in UTF-8")
+    return drafts
 
 
 def _examine(found: Found, inputs: Inputs | None, decode: bool) -> list[tuple[Draft, Sample]]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tessella.errors import ImageError
-from tessella.image import LIMIT_MEGAPIXELS, Size, open_image, read_size
+from tessella.image import LIMIT_MEGAPIXELS, Size, name_of, open_image, read_size
 
 THREADS = 16  # mostly waiting for the disk
 TAIL_BYTES = 4096
@@ -30,8 +30,8 @@ def examine_pictures(
 
 
 def _examine(source: str | Path, decode: bool, limit_megapixels: float) -> Size | str:
-    if isinstance(source, Path) and not source.exists():
-        return f"picture missing: {source}"
+    if isinstance(source, Path) and not os.path.exists(source):  # Path.exists would raise for a name that is too long
+        return f"picture missing: {name_of(source)}"
     try:
         size = read_size(source, limit_megapixels=limit_megapixels)
         if decode or isinstance(source, str) or seems_cut_off(source):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tessella.chat import IMAGE_MARK, Message, place_marks
 from tessella.errors import DataError
@@ -78,8 +79,8 @@ def _line_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
             yield place, DataError(f"broken JSON: line {number}, column {error.colno}: {error.msg}")
         except UnicodeDecodeError as error:
             yield place, DataError(f"broken JSON: line {number}, byte {error.start + 1} is no UTF-8")
-        except RecursionError:
-            yield place, DataError(f"broken JSON: line {number} is nested too deep")
+        except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+            yield place, DataError(f"broken JSON: line {number}: {error}")
 
 
 def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
@@ -93,8 +94,8 @@ def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
         yield from _array_items(path.name, text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: broken JSON on line {error.lineno}, column {error.colno}: {error.msg}; {way_out}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: the JSON is nested too deep; {way_out}") from error
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise DataError(f"{path}: broken JSON: {error}; {way_out}") from error
 
 
 def _array_items(name: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -151,7 +152,7 @@ def locate(name: str, image_root: Path) -> str | Path:
         return name
     if name.lower().startswith(("http://", "https://", "s3://")):
         raise DataError(f"picture on the web: {name[:120]}; download it and give its path")
-    return image_root / Path(name.removeprefix("file://")).expanduser()
+    return image_root / (unquote(name.removeprefix("file://")) if name.startswith("file://") else name)
 
 
 def _named_pictures(row: Mapping[str, Any]) -> list[str]:
