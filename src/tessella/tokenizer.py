@@ -221,9 +221,7 @@ class JsonVocabulary:
 
 
 class SentencePieces:
-    """InternLM2's tokenizer.model. Its slow official tokenizer drops one leading space when it decodes; so do we."""
-
-    strip_first_space = True
+    """InternLM2's tokenizer.model."""
 
     def __init__(self, path: Path):
         if hasattr(sentencepiece, "set_min_log_level"):  # from 0.2.1 on it tells stderr of InternLM2's NUL piece at every load
@@ -233,6 +231,8 @@ class SentencePieces:
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{path} is no SentencePiece model ({error}); fetch the file again") from error
         self.size: int = self._backend.vocab_size()
+        first = self.encode("a")[:1]
+        self.strip_first_space = bool(first) and self.bytes_of(first[0]).startswith(b" ")  # a dummy prefix; InternLM2 has none
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, out_type=int)
