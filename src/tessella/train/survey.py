@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tessella.chat import IMAGE_MARK, render
-from tessella.image import TileRule, count_tiles
+from tessella.image import count_tiles
 from tessella.inputs import Inputs, ModelInput
 from tessella.train.dataset import Ledger, Sample, read_dataset
 
@@ -128,17 +128,11 @@ def _spreads(samples: Sequence[Sample], inputs: Inputs) -> tuple[Spread, ...]:
         "learned tokens": [_learned(sample, inputs) for sample in samples],
         "turns": [len(sample.messages) for sample in samples],
         "pictures": [len(sample.pictures) for sample in samples],
-        "tiles of a picture": [count_tiles(*size, rule_of(inputs)) for size in sizes],
+        "tiles of a picture": [count_tiles(*size, inputs.rule()) for size in sizes],
         "width px": [size.width_px for size in sizes],
         "height px": [size.height_px for size in sizes],
     }
     return tuple(Spread.of(name, values) for name, values in columns.items() if values)
-
-
-def rule_of(inputs: Inputs) -> TileRule:
-    """The rule by which these inputs cut a picture; a test holds it to what build really cuts."""
-    config = inputs.config
-    return TileRule(config.tile_size_px, min(config.min_tiles, inputs.max_tiles), inputs.max_tiles, config.use_thumbnail)
 
 
 def _learned(sample: Sample, inputs: Inputs) -> int:
