@@ -69,7 +69,8 @@ def published_grid(width: int, height: int, size: int, least: int, most: int) ->
     """
     grids = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if least <= i * j <= most]
     gap = {grid: abs(width / height - grid[0] / grid[1]) for grid in grids}
-    nearest = sorted((grid for grid in grids if gap[grid] == min(gap.values())), key=lambda grid: grid[0] * grid[1])
+    least_gap = min(gap.values())
+    nearest = sorted((grid for grid in grids if gap[grid] == least_gap), key=lambda grid: grid[0] * grid[1])
     filled = [grid for grid in nearest[1:] if Fraction(width * height) > Fraction(size * size * grid[0] * grid[1], 2)]
     return filled[-1] if filled else nearest[0]
 
@@ -78,7 +79,7 @@ limits = st.tuples(st.integers(1, 40), st.integers(1, 40)).map(sorted)
 sides = st.integers(2, 5000)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(sides, sides, limits, st.sampled_from([224, 448]))
 def test_any_size_gets_the_grid_of_the_published_rule(width, height, limit, size):
     least, most = limit
@@ -87,7 +88,7 @@ def test_any_size_gets_the_grid_of_the_published_rule(width, height, limit, size
     assert least <= grid.columns * grid.rows <= most
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 900), limits)
 def test_exact_ties_fall_as_published(columns, rows, scale, limit):
     width, height = columns * scale + 1, rows * scale + 1
@@ -196,6 +197,15 @@ def test_a_senseless_orientation_turns_nothing(value):
     exif = Image.Exif()
     exif[0x0112] = value
     assert read_size(saved(Image.new("RGB", (6, 4)), "JPEG", exif=exif)) == (6, 4)
+
+
+def test_a_palette_that_only_claims_transparency_warns_of_nothing():
+    palette = Image.frombytes("P", (2, 2), bytes([0, 1, 0, 1]))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened = open_image(saved(palette, "PNG", transparency=bytes([255, 255])))
+    assert np.asarray(opened).reshape(-1, 3).tolist() == [[255, 0, 0], [0, 255, 0]] * 2
 
 
 def test_real_transparency_is_laid_on_white():

@@ -23,6 +23,7 @@ def drawn(params: SamplingParams, count: int = 40, logits: torch.Tensor | None =
     return [sampler.next(torch.zeros(1000) if logits is None else logits, []) for _ in range(count)]
 
 
+@settings(deadline=None)
 @given(rows)
 def test_greedy_takes_the_likeliest(logits):
     assert Sampler(GREEDY).next(logits, []) == int(logits.argmax())

@@ -51,6 +51,7 @@ _TURNS = {
 }
 # What Pillow's parsers and decoders raise on damaged bytes. OSError holds UnidentifiedImageError.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*", b"\x00\x00\x00\x0cjP  ")
 _BOMB_LOCK = threading.Lock()
 
 
@@ -103,7 +104,11 @@ class Tiles:
 
 @cache
 def candidate_grids(rule: TileRule) -> tuple[Grid, ...]:
-    """Every grid of min_tiles to max_tiles tiles, fewer tiles first, then fewer columns; 35 for 1 to 12."""
+    """Every grid of min_tiles to max_tiles tiles, fewer tiles first, then fewer columns; 35 for 1 to 12.
+
+    The official code sorts a set by area, so within one area its order is that of a hash table. With min_tiles 1 that never
+    decides; with min_tiles near max_tiles it can (1x9 or 3x3 only, exact tie), and there we follow transformers' order.
+    """
     most = rule.max_tiles
     grids = [Grid(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if rule.min_tiles <= i * j <= most]
     return tuple(sorted(grids, key=lambda grid: grid.columns * grid.rows))
@@ -199,7 +204,7 @@ def name_of(source: Source) -> str:
         return f"the given {source.mode} picture"
     if isinstance(source, bytes):
         return f"the picture of {len(source):,} bytes"
-    text = str(source)
+    text = str(source) or '""'
     return text if len(text) <= 120 else f"{text[:80]}… ({len(text):,} characters)"
 
 
@@ -274,7 +279,7 @@ def _why_unreadable(head: bytes) -> str:
         return "is a HEIC picture, which we cannot read"
     if b"<svg" in head.lower():
         return "is an SVG drawing, which we cannot read"
-    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")):
+    if head.startswith(_BEGINNINGS) or head[4:12] in (b"ftypavif", b"ftypavis"):
         return "begins like a picture, but its header is damaged or cut off"
     return "is not a picture that we can read"
 
@@ -313,7 +318,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (255, 255):
-        return image.convert("RGB")
+        return rgba.convert("RGB")  # from the palette itself Pillow would warn of the transparency that is not there
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
 

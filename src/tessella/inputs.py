@@ -74,7 +74,7 @@ class Inputs:
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {config.language.vocab_size:,} rows; "
                 "use the tokenizer of the model"
             )
-        self._rule(None)  # checks the limits now, not at the first picture
+        self.rule()  # checks the limits now, not at the first picture
         self._image_start = tokenizer.id_of("<img>")
         self._image_end = tokenizer.id_of("</img>")
         self._slot = tokenizer.id_of("<IMG_CONTEXT>")
@@ -93,7 +93,7 @@ class Inputs:
         pieces = self._pieces(messages, len(pictures), open_turn)
         sizes = [read_size(picture.source, limit_megapixels=self.limit_megapixels) for picture in pictures]
         limits = [picture.max_tiles for picture in pictures]
-        counts = [count_tiles(*size, self._rule(limit)) for size, limit in zip(sizes, limits, strict=True)]
+        counts = [count_tiles(*size, self.rule(limit)) for size, limit in zip(sizes, limits, strict=True)]
         ids, learn = self._ids(pieces, counts)
         if len(ids) + room > self.context_tokens:  # told before a pixel is decoded
             raise ContextError(self._too_long(len(ids), sizes, limits, room))
@@ -121,10 +121,11 @@ class Inputs:
         """Tokens that build would make of pictures of these (width, height), without decoding or even having them."""
         limits = [None] * len(sizes) if max_tiles is None else max_tiles
         pieces = self._pieces(messages, len(sizes), open_turn)
-        counts = [count_tiles(width, height, self._rule(limit)) for (width, height), limit in zip(sizes, limits, strict=True)]
+        counts = [count_tiles(width, height, self.rule(limit)) for (width, height), limit in zip(sizes, limits, strict=True)]
         return len(self._ids(pieces, counts)[0])
 
-    def _rule(self, max_tiles: int | None) -> TileRule:
+    def rule(self, max_tiles: int | None = None) -> TileRule:
+        """The tile rule of a picture; max_tiles overrides the limit."""
         config = self.config
         most = self.max_tiles if max_tiles is None else max_tiles
         return TileRule(config.tile_size_px, min(config.min_tiles, max(most, 1)), most, config.use_thumbnail)
@@ -158,7 +159,7 @@ class Inputs:
 
     def _cut(self, picture: Picture) -> Tiles:
         image = open_image(picture.source, limit_megapixels=self.limit_megapixels)
-        return cut_tiles(image, self._rule(picture.max_tiles))
+        return cut_tiles(image, self.rule(picture.max_tiles))
 
     def _too_long(self, tokens: int, sizes: Sequence[Size], limits: Sequence[int | None], room: int) -> str:
         """What is too long, by how much, and a --max-tiles that would do, if any does."""
@@ -180,7 +181,7 @@ class Inputs:
     def _count(self, sizes: Sequence[Size], limits: Sequence[int | None], cap: int = MOST_TILES) -> int:
         """Tiles of all pictures, none cut into more than cap."""
         caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
-        return sum(count_tiles(*size, self._rule(most)) for size, most in zip(sizes, caps, strict=True))
+        return sum(count_tiles(*size, self.rule(most)) for size, most in zip(sizes, caps, strict=True))
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
