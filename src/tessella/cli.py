@@ -170,7 +170,9 @@ class Convert:
     def run(self) -> Result:
         from tessella.checkpoint.convert import convert_adapter  # torch
 
-        result = convert_adapter(self.source, self.out, base=self.base, force=self.force)
+        stored = "base" if self.place.dtype == "auto" else self.place.dtype  # auto: each tensor in the base's own type
+        result = convert_adapter(self.source, self.out, base=self.base, force=self.force, dtype=stored, device=self.place.device)
+        print(f"{result.folder}: {result.merged_pairs} layers merged, stored in {result.stored}\nproved: {result.proof}")
         return result.as_json()
 
 
