@@ -6,6 +6,7 @@ The first use fetches 93 MB and merges; every later one touches no network. The 
 
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -68,10 +69,13 @@ def nano_folder(cache: Path | None = None, *, assets: Path = ASSETS, say: Callab
     if is_whole(folder):
         return folder
     smollm2.language_base(cache, say)
+    if folder.exists():
+        say(f"{folder} is damaged and is made again")
+        shutil.rmtree(folder)
     say(f"first use: merging {NANO} into {folder} (once)")
     tower, projector = read_packed(assets / TOWER), read_packed(assets / PROJECTOR)
     lora = read_packed(assets / LORA) if (assets / LORA).is_file() else None
-    return write_nano(tower, projector, lora, folder, cache=cache, force=True)
+    return write_nano(tower, projector, lora, folder, cache=cache)
 
 
 def _asset_files(assets: Path) -> list[Path]:

@@ -24,7 +24,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Give an empty folder aside; when the block ends well it becomes target, otherwise it is gone.
 
-    num_bytes: what will be written, compared with the free room first.  force: also replace a folder of ours that was changed.
+    num_bytes: what will be written, compared with the free room first.  force: replace a folder that we made and nobody changed.
     known_hashes: filled by the block with sha256 of files that it hashed while writing, so that they are not read again.
     Raises CheckpointError when target is not ours, or when there is no room.
     """
@@ -48,7 +48,7 @@ def new_folder(
 
 
 def check_replaceable(target: Path, *, force: bool = False) -> None:
-    """Raises CheckpointError unless target is absent, an empty folder, or a folder of ours that nobody changed since."""
+    """Raises CheckpointError unless target is absent, empty, or, with force, ours and unchanged since."""
     if not target.exists() and not target.is_symlink():
         return
     if target.is_symlink() or not target.is_dir():
@@ -60,10 +60,10 @@ def check_replaceable(target: Path, *, force: bool = False) -> None:
             f"{target} is not empty and was not made by tessella (it has no {MANIFEST}); give another place to write to"
         )
     changed = changed_files(target)
-    if changed and not force:
-        raise CheckpointError(
-            f"{target} was changed since we made it ({', '.join(changed[:5])}); move it, or say force to replace it"
-        )
+    if changed:
+        raise CheckpointError(f"{target} was changed since we made it ({', '.join(changed[:5])}); move it, or give another place")
+    if not force:
+        raise CheckpointError(f"{target} exists; say --force to replace it, or give another place to write to")
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -72,13 +72,18 @@ def changed_files(folder: Path) -> list[str]:
     Files over 64 MiB are compared by size alone: hashing tens of GB only to replace them would take minutes.
     """
     recorded = read_manifest(folder)
-    here = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
+    here = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file() and not _foreign(path)}
     changed = [name for name in here if name not in recorded] + [name for name in recorded if name not in here]
     for name in here.keys() & recorded.keys():
         size, digest = recorded[name]
         if here[name].stat().st_size != size or (size <= 2**26 and sha256_of(here[name]) != digest):
             changed.append(name)
     return sorted(changed)
+
+
+def _foreign(path: Path) -> bool:
+    """Files that others leave behind by merely looking: they are nobody's work."""
+    return path.name in (MANIFEST, ".DS_Store") or "__pycache__" in path.parts
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:

@@ -85,7 +85,10 @@ def find_model(name_or_folder: str | Path, adapter: Path | None = None) -> tuple
         )
     if base != NANO and is_adapter(Path(base).expanduser()):
         raise CheckpointError(f"the base of {folder} is itself an adapter ({base}); convert that one first")
-    return find_model(base)[0], folder
+    try:
+        return find_model(base)[0], folder
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of {folder} is not to be had: {error}; or name the base yourself") from error
 
 
 def _hub_snapshot(name: str) -> Path:

@@ -7,7 +7,7 @@ The folder appears whole or not at all (folder.py); tied heads are not stored tw
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ def write_official(
     files: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write an official folder.
 
     parameters: under our names, every parameter of the config's model.  end_ids: tokens that end a turn, for generation_config.
     base_folder: its config.json is kept but for what we changed, its tokenizer and *.py are carried over untouched.
     files: further text files by name, as {"tokenizer.json": …}; at least a tokenizer when there is no base_folder.
+    check: called with the folder while it still lies aside; what it raises leaves nothing behind.
     Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written.
     """
     entries = _entries(parameters, config.language)
@@ -58,6 +60,8 @@ def write_official(
         if len(shards) > 1:
             weight_map = {entry.name: name for name, part in shards.items() for entry in part}
             _write_json(aside / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+        if check is not None:
+            check(aside)
     return folder
 
 
