@@ -83,4 +83,4 @@ def general() -> Task:
         for kind, asked in QUESTIONS.items()
         for number, (question, answers) in enumerate(asked, 1)
     )
-    return Task("general", items, metric="contains", max_tokens=40, about="general questions without pictures")
+    return Task("general", items, metric="contains", max_tokens=24, about="general questions without pictures")
