@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "nano"))
-from collect import annotations, drawing_path, open_drawing, package  # noqa: E402  (a recipe is no package)
+from collect import annotations, drawing_path, open_drawing, package  # a recipe is no package
 
 SIDE_PX = 144
 DRAWING_PX = 128  # a margin all round, the same in each style, so that size does not tell the style
@@ -34,7 +34,9 @@ def on_white(drawing: Image.Image) -> Image.Image:
     box = drawing.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
     drawing = drawing.crop(box)
     scale = DRAWING_PX / max(drawing.size)
-    drawing = drawing.resize((max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale))), Image.Resampling.LANCZOS)
+    drawing = drawing.resize(
+        (max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale))), Image.Resampling.LANCZOS
+    )
     page = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
     page.paste(drawing, ((SIDE_PX - drawing.width) // 2, (SIDE_PX - drawing.height) // 2), drawing)
     return page

@@ -12,6 +12,7 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,37 +31,7 @@ STYLES = {  # style -> where its pictures lie: (package, folder inside, name end
     "openmoji": ("openmoji", "color/svg", "svg", True),
 }
 SKIPPED_CATEGORIES = {"Food & Drink", "Flags", "Component", "Symbols"}  # Symbols: letters, signs, plain geometry
-EDIBLE = set(  # edible, or shows food, though filed under another category
-    "crab shrimp squid lobster oyster ear_of_rice herb mushroom brown_mushroom nest_with_eggs jack_o_lantern rice_scene "
-    "root_vegetable cook farmer person_feeding_baby woman_feeding_baby man_feeding_baby breast-feeding pinata yum".split()
-)
-UNFIT = set("middle_finger smoking love_hotel coffin funeral_urn headstone hocho".split())  # for a first model's answers
-
-FONTS = """
-fonts-dejavu-core/DejaVuSans.ttf fonts-dejavu-core/DejaVuSans-Bold.ttf fonts-dejavu-core/DejaVuSansMono.ttf
-fonts-dejavu-core/DejaVuSerif.ttf fonts-dejavu-extra/DejaVuSansCondensed-Bold.ttf
-fonts-liberation/LiberationSans-Regular.ttf fonts-liberation/LiberationSans-Bold.ttf
-fonts-liberation/LiberationSerif-Regular.ttf fonts-liberation/LiberationSerif-Bold.ttf
-fonts-liberation/LiberationMono-Regular.ttf fonts-liberation/LiberationSansNarrow-Regular.ttf
-fonts-open-sans/OpenSans-Regular.ttf fonts-open-sans/OpenSans-Bold.ttf fonts-open-sans/OpenSans-CondBold.ttf
-fonts-roboto-unhinted/Roboto-Regular.ttf fonts-roboto-unhinted/Roboto-Light.ttf
-fonts-roboto-unhinted/RobotoCondensed-Regular.ttf fonts-roboto-slab/RobotoSlab-Regular.otf
-fonts-roboto-slab/RobotoSlab-Bold.otf fonts-lato/Lato-Regular.ttf fonts-lato/Lato-Heavy.ttf
-fonts-cantarell/Cantarell-Regular.otf fonts-comfortaa/Comfortaa-Bold.ttf fonts-comic-neue/ComicNeue-Regular.otf
-fonts-comic-neue/ComicNeue-Bold.otf fonts-crosextra-caladea/Caladea-Regular.ttf fonts-crosextra-carlito/Carlito-Bold.ttf
-fonts-dancingscript/DancingScript-Bold.otf fonts-dosis/Dosis-Medium.otf fonts-ebgaramond/EBGaramond12-Regular.otf
-fonts-hack/Hack-Regular.ttf fonts-inconsolata/Inconsolata.otf fonts-inter/Inter-Regular.otf fonts-inter/Inter-Black.otf
-fonts-jetbrains-mono/JetBrainsMono-Medium.ttf fonts-junction/Junction.otf fonts-karla/Karla-Regular.otf
-fonts-league-spartan/LeagueSpartan-Bold.otf fonts-linuxlibertine/LinLibertine_R.otf fonts-lobstertwo/LobsterTwo-Bold.otf
-fonts-manrope/Manrope-Medium.ttf fonts-opendyslexic/OpenDyslexic-Regular.otf fonts-play/Play-Bold.ttf
-fonts-quicksand/Quicksand-Bold.ttf fonts-texgyre/texgyreadventor-regular.otf fonts-texgyre/texgyrebonum-regular.otf
-fonts-texgyre/texgyrepagella-bold.otf fonts-urw-base35/C059-Roman.otf fonts-yanone-kaffeesatz/YanoneKaffeesatz-Bold.otf
-fonts-femkeklaver/femkeklaver.ttf fonts-rufscript/Rufscript010.ttf fonts-oldstandard/OldStandard-Bold.ttf
-""".split()
-HELD_OUT_FONTS = """
-fonts-clear-sans/ClearSans-Regular.ttf fonts-vollkorn/Vollkorn-Regular.ttf fonts-mononoki/mononoki-Regular.ttf
-fonts-cabin/Cabin-SemiBold.otf
-""".split()
+LISTS = tomllib.loads(Path(__file__).with_name("parts.toml").read_text(encoding="utf-8"))
 GLYPHS = "".join(chr(c) for c in range(0x20, 0x7F))
 
 WORDS_KEPT = 25_000
@@ -84,9 +55,10 @@ def package(packages: Path, name: str) -> Path:
 def emoji_rows(packages: Path) -> Iterator[dict]:
     """Every emoji that is not food, a flag, a letter sign, a skin tone or a gendered twin."""
     table = json.loads((package(packages, "emoji-datasource-google") / "emoji.json").read_text())
+    left_out = set(LISTS["edible"] + LISTS["unfit"])
     for row in table:
         people = row["category"] == "People & Body"
-        if row["category"] in SKIPPED_CATEGORIES or (EDIBLE | UNFIT) & set(row["short_names"]):
+        if row["category"] in SKIPPED_CATEGORIES or not left_out.isdisjoint(row["short_names"]):
             continue
         if people and ("200D" in row["unified"] or row["subcategory"].startswith(("family", "person-gesture"))):
             continue
@@ -212,8 +184,8 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     print("words: train, held out", collect_words(args.packages, args.out))
-    collect_fonts(args.packages, FONTS, args.out / "fonts")
-    collect_fonts(args.packages, HELD_OUT_FONTS, args.out / "fonts" / "held_out")
+    collect_fonts(args.packages, LISTS["fonts"], args.out / "fonts")
+    collect_fonts(args.packages, LISTS["held_out_fonts"], args.out / "fonts" / "held_out")
     print("fonts:", len(list((args.out / "fonts").glob("*.?tf"))))
     print("emoji:", collect_emoji(args.packages, args.out), "in", len(STYLES), "styles")
     (args.out / "READY").write_text("collected\n")

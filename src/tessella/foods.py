@@ -46,5 +46,5 @@ def picture(food: Food, style: str) -> Path:
         raise DataError(f"style '{style}' is not shipped; there are {', '.join(STYLES)}")
     path = FOLDER / style / f"{food.key}.webp"
     if not path.is_file():
-        raise DataError(f"no picture of '{food.key}' in style '{style}' ({path}): foods() lists the {len(foods())} that are shipped")
+        raise DataError(f"no picture of '{food.key}' at {path}: foods() lists the {len(foods())} that are shipped")
     return path
