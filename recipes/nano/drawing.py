@@ -10,8 +10,8 @@ import math
 import random
 import re
 import tarfile
-from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,72 +49,90 @@ class Photo(NamedTuple):
 
 
 @cache
-def photos_of(tar: Path) -> list[Photo]:
-    """Every picture of a tar; label = its folder, or the name after the WordNet id when there is no folder."""
-    with tarfile.open(tar) as file:
-        members = [m for m in file if m.isfile() and m.name.endswith(".webp")]
+def photos_of(*tars: Path) -> list[Photo]:
+    """Every picture of the tars; label = its folder, or the name after the WordNet id when there is no folder."""
     rows = []
-    for m in members:
-        path = Path(m.name)
-        named = re.fullmatch(r"n\d{8}_(.+)", path.stem)
-        label = path.parent.name or (named[1].replace("_", " ") if named else "")
-        if label:  # a picture of all the folder's kinds has no label
-            rows.append(Photo(tar, m.offset_data, m.size, label))
+    for tar in tars:
+        with tarfile.open(tar) as file:
+            members = [m for m in file if m.isfile() and m.name.endswith(".webp")]
+        for m in members:
+            path = Path(m.name)
+            named = re.fullmatch(r"n\d{8}_(.+)", path.stem)
+            label = path.parent.name or (named[1].replace("_", " ") if named else "")
+            if label:  # a picture of all the folder's kinds has no label
+                rows.append(Photo(tar, m.offset_data, m.size, label))
     return rows
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All that pictures are drawn from. Emoji are decoded when first met and kept by each process."""
+    """All that pictures are drawn from: where it lies. What is read is kept by the functions below, once a process."""
 
     folder: Path
     data: Path
     styles: tuple[str, ...]
     sizes_px: tuple[int, int] = (17, 60)  # height of a capital letter in a rendered word
-    _cut: dict[tuple[str, str], Image.Image] = field(default_factory=dict, compare=False)
 
-    @cached_property
+    @property
     def names(self) -> dict[str, dict]:
-        return json.loads((self.folder / "names.json").read_text())
+        return read_json(self.folder / "names.json")
 
-    @cached_property
+    @property
     def words(self) -> dict[str, list[str]]:
-        return json.loads((self.folder / "words.json").read_text())
+        return read_json(self.folder / "words.json")
 
-    @cached_property
+    @property
     def unseen_words(self) -> frozenset[str]:
-        return frozenset(self.words["held_out"])
+        return frozenset_of(self.folder / "words.json", "held_out")
 
-    @cached_property
+    @property
     def fonts(self) -> tuple[str, ...]:
-        return tuple(str(p) for p in sorted((self.folder / "fonts").glob("*.?tf")))
+        return fonts_in(self.folder / "fonts")
 
-    @cached_property
+    @property
     def held_out_fonts(self) -> tuple[str, ...]:
-        return tuple(str(p) for p in sorted((self.folder / "fonts" / "held_out").glob("*.?tf")))
+        return fonts_in(self.folder / "fonts" / "held_out")
 
-    @cached_property
+    @property
     def tiny(self) -> list[Photo]:
-        return photos_of(self.data / "tiny-imagenet-train-0.tar") + photos_of(self.data / "tiny-imagenet-train-1.tar")
+        return photos_of(self.data / "tiny-imagenet-train-0.tar", self.data / "tiny-imagenet-train-1.tar")
 
-    @cached_property
+    @property
     def one_each(self) -> list[Photo]:
         return photos_of(self.data / "imagenet-one-each.tar")
 
-    @cached_property
+    @property
     def dishes(self) -> list[Photo]:
         return photos_of(self.data / "food101-ten.tar")
 
-    @cached_property
+    @property
     def wordnet(self) -> dict[str, str]:
-        return json.loads((self.data / "tiny-imagenet-classes.json").read_text())
+        return read_json(self.data / "tiny-imagenet-classes.json")
 
     def emoji(self, style: str, code: str) -> Image.Image:
-        key = (style, code)
-        if key not in self._cut:
-            image = Image.open(self.folder / "emoji" / style / f"{code}.webp").convert("RGBA")
-            self._cut[key] = image.crop(image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox())
-        return self._cut[key]
+        return cut_out(self.folder / "emoji" / style / f"{code}.webp")
+
+
+@cache
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def frozenset_of(path: Path, key: str) -> frozenset[str]:
+    return frozenset(read_json(path)[key])
+
+
+@cache
+def fonts_in(folder: Path) -> tuple[str, ...]:
+    return tuple(str(p) for p in sorted(folder.glob("*.?tf")))
+
+
+@cache
+def cut_out(path: Path) -> Image.Image:
+    """An emoji without its empty rim."""
+    image = Image.open(path).convert("RGBA")
+    return image.crop(image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox())
 
 
 @lru_cache(maxsize=4096)
