@@ -116,8 +116,9 @@ def load_model(
     dtype None keeps each tensor's own type. On the CPU a tensor whose type is kept stays a view of the mapped file;
     writing to it changes our memory, never the file.
     """
+    config = load_config(folder)
     weights = open_weights(folder)
-    config = resolve_head(load_config(folder), weights)
+    config = resolve_head(config, weights)
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     try:

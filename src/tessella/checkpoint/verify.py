@@ -68,7 +68,8 @@ class Proof:
 
 def probes(inputs: Inputs) -> list[ModelInput]:
     """Three prompts as people write them: text alone, a picture, two turns with a picture and an answer between."""
-    picture = Picture(drawing(), max_tiles=2)  # two tiles and the thumbnail: the order of tiles counts too
+    one_tile = Picture(drawing(), max_tiles=1)
+    tiled = Picture(drawing(), max_tiles=2)  # two tiles and the thumbnail: the order of tiles counts too
     asked = Message("user", f"{IMAGE_MARK}\nWhat is in this picture?")
     followed = [
         asked,
@@ -77,8 +78,8 @@ def probes(inputs: Inputs) -> list[ModelInput]:
     ]
     return [
         inputs.build([Message("user", "What is the capital of France? Explain in one sentence.")]),
-        inputs.build([asked], [picture]),
-        inputs.build(followed, [picture]),
+        inputs.build([asked], [one_tile]),
+        inputs.build(followed, [tiled]),
     ]
 
 
@@ -110,7 +111,7 @@ def compare(
 ) -> Proof:
     """Compare logits (T, V) of the same prompts. stored: the type of the converted weights, which sets the limit.
 
-    untaught: logits of the base without the adapter, for the second rule.
+    untaught: logits of the base without the adapter on the first prompts, for the second rule.
     """
     a, b = torch.cat(list(wanted)), torch.cat(list(found))
     spread = float(a.std(-1).mean())
@@ -120,7 +121,7 @@ def compare(
         largest_difference=largest,
         limit=LIMITS[stored] * max(1.0, spread),
         difference_rms=rms(difference),
-        effect_rms=None if untaught is None else rms(a - torch.cat(list(untaught))),
+        effect_rms=None if untaught is None else rms(torch.cat(list(wanted[: len(untaught)])) - torch.cat(list(untaught))),
         spread=spread,
         equal_argmax=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
         prompts=len(wanted),
