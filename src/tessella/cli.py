@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,7 +152,10 @@ class Finetune:
     def run(self) -> Result:
         from tessella.train.loop import train  # torch, PEFT
 
-        return train(self.recipe).as_json()
+        result = train(self.recipe)
+        # Beside what was learned, so that `evaluate --recipe` can score what this run held out.
+        (result.output / "recipe.toml").write_text(replace(self.recipe, resume=False).to_toml(), encoding="utf-8")
+        return result.as_json()
 
 
 @dataclass(frozen=True)
@@ -346,7 +349,7 @@ def main(words: Sequence[str] | None = None) -> int:
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}
         if path is not None:
             write_json(path.expanduser(), result)
-        return 0
+        return 130 if result.get("stopped_by") == "interrupted" else 0  # finetune saves on Ctrl-C and ends in good order
     except TessellaError as error:
         return tell(str(error))
     except KeyboardInterrupt:

@@ -190,6 +190,9 @@ def run(plan: Plan, console: Console | None = None) -> Outcome:
     with step("teach", f"Teach it {len(plan.taught_foods)} foods in {', '.join(plan.taught_styles)}"):
         write_rows(plan)
         trained = train(plan.recipe(resume))
+        if not trained.finished:  # train saved what it had, and took Ctrl-C for itself
+            console.print("The same command goes on from here.", highlight=False)
+            raise KeyboardInterrupt
     with step("convert", "Merge, write the official layout, and prove that nothing changed"):
         for stale in (plan.output / "answers").glob(f"{converted.name}-*.jsonl"):
             stale.unlink()  # of a converted model that is written anew now
@@ -280,7 +283,7 @@ def write_rows(plan: Plan) -> None:
 def row(food: Food, style: str, number: int) -> dict[str, Any]:
     """One picture with a turn in each language; every other row begins in Chinese, so that each language is asked first."""
     turns = [(QUESTIONS["en"], food.english), (QUESTIONS["zh"], food.chinese)]
-    conversation = []
+    conversation: list[dict[str, str]] = []
     for question, answer in turns if number % 2 == 0 else turns[::-1]:
         mark = "" if conversation else f"{IMAGE_MARK}\n"
         conversation += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
