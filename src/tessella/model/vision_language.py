@@ -49,7 +49,8 @@ class VisionLanguageModel(nn.Module):
         embeddings = self.language_model.embed(ids)
         if visual is None:
             return embeddings
-        assert int(slots.sum()) == visual.shape[0] * visual.shape[1], "slots and visual tokens differ in number"
+        # On a GPU the sum would make the host wait at every step of a training run; inputs.py makes both from one count.
+        assert slots.is_cuda or int(slots.sum()) == visual.shape[0] * visual.shape[1], "slots and visual tokens differ in number"
         return embeddings.masked_scatter(slots[:, None], visual.to(embeddings.dtype))
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int) -> Tensor:

@@ -1,0 +1,162 @@
+"""Samples become passes: rows back to back, without padding, with the positions that learn.
+
+In: samples in the order of the seed.  Out: for each optimizer step its Packs, made the same whoever makes them and when.
+T tokens of all rows of a pass, L of them learned, N tiles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tessella.errors import ImageError, PromptError
+from tessella.image import open_image
+from tessella.inputs import Inputs, ModelInput, Picture
+from tessella.train.augment import augment
+from tessella.train.dataset import Sample
+
+KEPT_BYTES = 1 << 30  # of built rows, kept for later epochs when pictures are not augmented
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """The rows of one forward and backward pass."""
+
+    ids: Tensor  # (T,) int64
+    slots: Tensor  # (T,) bool, true where a visual token goes
+    positions: Tensor  # (T,) int64, from 0 in each row
+    predict: Tensor  # (L,) int64: positions whose next token is learned; the head is applied there alone
+    targets: Tensor  # (L,) int64: that next token
+    tiles: Tensor  # (N, 3, S, S) uint8
+    digests: tuple[str, ...]  # of each tile
+    lengths: tuple[int, ...]  # tokens of each row
+
+    def to(self, device: torch.device) -> "Pack":
+        """On a device; the tiles stay where they are until somebody asks for them (a frozen tower may not)."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[:5]}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Pack":
+        """In page-locked memory, from which a GPU copies while it computes. Called by the DataLoader."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)[:6]})
+
+
+@dataclass(frozen=True, eq=False)
+class StepData:
+    """All that one optimizer step learns from. skipped: (place, reason) of samples whose pictures turned out bad."""
+
+    packs: list[Pack]
+    places: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(pack.lengths) for pack in self.packs)
+
+    @property
+    def learned(self) -> int:
+        return sum(len(pack.targets) for pack in self.packs)
+
+    def pin_memory(self) -> "StepData":
+        return replace(self, packs=[pack.pin_memory() for pack in self.packs])
+
+
+def plan_passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Indices of the rows of each pass, in order: as many as fit; a row longer than a pass runs alone."""
+    passes: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not passes or length > room:
+            passes.append([])
+            room = tokens_per_pass
+        passes[-1].append(index)
+        room -= length
+    return passes
+
+
+def pack(rows: Sequence[ModelInput]) -> Pack:
+    """Lay rows back to back. The last token of a row predicts nothing, so no row learns from its neighbour."""
+    ids = torch.cat([row.ids for row in rows])
+    learned = torch.cat([torch.cat((row.learn[1:], row.learn.new_zeros(1))) for row in rows])  # by predicting position
+    predict = learned.nonzero()[:, 0]
+    return Pack(
+        ids=ids,
+        slots=torch.cat([row.slots for row in rows]),
+        positions=torch.cat([torch.arange(len(row)) for row in rows]),
+        predict=predict,
+        targets=ids[predict + 1],
+        tiles=torch.cat([row.tiles for row in rows]),
+        digests=tuple(digest for row in rows for digest in row.digests),
+        lengths=tuple(len(row) for row in rows),
+    )
+
+
+def pack_all(rows: Sequence[ModelInput], tokens_per_pass: int) -> list[Pack]:
+    """All rows in as few passes as their order allows."""
+    return [pack([rows[i] for i in some]) for some in plan_passes([len(row) for row in rows], tokens_per_pass)]
+
+
+def order_of(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of the samples in one epoch; a function of seed and epoch, so that resume needs no state."""
+    chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(num_samples, generator=chance).tolist()
+    return order
+
+
+class Steps(Dataset[StepData]):
+    """Step number -> what it learns from. Epochs follow each other without a seam, so only the very last step can be short."""
+
+    def __init__(
+        self, samples: Sequence[Sample], inputs: Inputs, *, looks: int, samples_per_step: int, tokens_per_pass: int, seed: int,
+        augmentation: str = "none",
+    ):  # fmt: skip
+        """looks: samples seen in the whole run, all epochs together."""
+        self.samples, self.inputs, self.looks = samples, inputs, looks
+        self.samples_per_step, self.tokens_per_pass = samples_per_step, tokens_per_pass
+        self.seed, self.augmentation = seed, augmentation
+        self.kept: dict[int, ModelInput] = {}
+        self.kept_bytes = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return -(-self.looks // self.samples_per_step)
+
+    def __getitem__(self, step: int) -> StepData:
+        rows, places, skipped = [], [], []
+        first = step * self.samples_per_step
+        for look in range(first, min(first + self.samples_per_step, self.looks)):
+            epoch, place = divmod(look, len(self.samples))
+            index = self._in_order(epoch)[place]
+            sample = self.samples[index]
+            try:
+                rows.append(self._row(index, epoch))
+                places.append(sample.place)
+            except (ImageError, PromptError) as error:  # not swallowed: it goes into the ledger, which stops the run
+                skipped.append((sample.place, f"while training: {error}"))
+        return StepData(pack_all(rows, self.tokens_per_pass), tuple(places), tuple(skipped))
+
+    def _in_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            self._order = (epoch, order_of(len(self.samples), self.seed, epoch))
+        return self._order[1]
+
+    def _row(self, index: int, epoch: int) -> ModelInput:
+        if index in self.kept:
+            return self.kept[index]
+        sample = self.samples[index]
+        pictures = sample.pictures
+        if self.augmentation != "none":
+            pictures = tuple(self._look(picture, sample.key, epoch, n) for n, picture in enumerate(pictures))
+        row = self.inputs.build(sample.messages, pictures, open_turn=False)
+        size = row.tiles.numel() + 16 * len(row)
+        if self.augmentation == "none" and self.kept_bytes + size <= KEPT_BYTES:
+            self.kept[index] = row
+            self.kept_bytes += size
+        return row
+
+    def _look(self, picture: Picture, key: str, epoch: int, number: int) -> Picture:
+        opened = open_image(picture.source, limit_megapixels=self.inputs.limit_megapixels)
+        changed = augment(opened, self.augmentation, seed=self.seed, epoch=epoch, sample=f"{key}/{number}")
+        return replace(picture, source=changed)

@@ -1,0 +1,117 @@
+"""Forward passes: the loss of a pack to learn from, and of held-out samples to look at.
+
+In: Packs.  Out: summed cross-entropy over the learned tokens; mean held-out loss; answers to held-out questions.
+T tokens, L of them learned, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tessella.checkpoint.read import Loaded
+from tessella.errors import ConfigError, ImageError, PromptError
+from tessella.generate import generate_batch
+from tessella.inputs import ModelInput
+from tessella.model.attend import Causal
+from tessella.model.vision_language import VisionLanguageModel
+from tessella.sampling import SamplingParams
+from tessella.train.batch import Pack, pack_all
+from tessella.train.dataset import Sample
+from tessella.train.features import FeatureCache
+from tessella.train.limits import Stop
+from tessella.train.recipe import Recipe
+
+MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
+ANSWER_TOKENS = 64
+
+
+class Passes:
+    """Runs packs through the model. A frozen tower (and projector) is asked once for each tile."""
+
+    def __init__(self, model: VisionLanguageModel, recipe: Recipe):
+        if model.dtype not in (torch.bfloat16, torch.float32):
+            raise ConfigError(f"teaching computes in bfloat16 or float32, not in {model.dtype}")
+        self.model = model
+        self.frozen: FeatureCache | None = None
+        self.after: Callable[[Tensor], Tensor] | None = None  # what still learns behind the frozen part
+        if recipe.tower == "frozen":
+            whole = recipe.projector == "frozen"
+            seen = model.visual_tokens if whole else model.features
+            self.after = None if whole else model.mlp1
+            self.frozen = FeatureCache(seen, model.device, keep=recipe.caches_features)
+        if recipe.compile:
+            compile_layers(model)
+
+    def loss(self, pack: Pack) -> Tensor:
+        """Cross-entropy summed over the learned tokens of a pack, a scalar; logits are made at these L positions alone."""
+        pack = pack.to(self.model.device)
+        embeddings = self.model.embed(pack.ids, pack.slots, self.see(pack))
+        attend = Causal(pack.lengths, self.model.device)
+        hidden = self.model(embeddings, pack.positions, attend, max(pack.lengths))
+        logits = self.model.logits(hidden.index_select(0, pack.predict))
+        return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
+
+    def see(self, pack: Pack) -> Tensor | None:
+        """The visual tokens (N, slots, D) of a pack's tiles, None without tiles."""
+        if not len(pack.tiles):
+            return None
+        if self.frozen is None:
+            return self.model.visual_tokens(pack.tiles.to(self.model.device, non_blocking=True))
+        features = self.frozen(pack.tiles, pack.digests)
+        return features if self.after is None else self.after(features)
+
+
+def compile_layers(model: VisionLanguageModel) -> None:
+    """Compile each layer in place; attention stays outside (attend.py), for its lengths change with every pass."""
+    torch._dynamo.config.recompile_limit = 4 * model.config.language.num_layers
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # the layer's number is no reason to compile it again
+    for layer in (*model.language_model.model.layers, *model.vision_model.encoder.layers):
+        layer.compile(dynamic=True)
+
+
+class HeldOut:
+    """Samples that are never learned from: their loss, and the model's answers to a few of their questions."""
+
+    def __init__(self, samples: Sequence[Sample], loaded: Loaded, passes: Passes, recipe: Recipe):
+        self.samples, self.loaded, self.passes = list(samples[:MOST_HELD_OUT]), loaded, passes
+        self.tokens_per_pass, self.num_answers = recipe.tokens_per_pass, recipe.sample_answers
+        self.packs: list[Pack] | None = None
+
+    @torch.no_grad()
+    def loss(self, stop: Stop) -> float | None:
+        """Mean loss over all learned tokens; None when there are no samples, or we must stop."""
+        if self.packs is None:
+            self.packs = pack_all(self._rows(), self.tokens_per_pass)
+        total, learned = torch.zeros((), device=self.passes.model.device), 0
+        for pack in self.packs:
+            if stop.reason is not None:
+                return None
+            if len(pack.targets):
+                total += self.passes.loss(pack)
+                learned += len(pack.targets)
+        return float(total) / learned if learned else None
+
+    def _rows(self) -> list[ModelInput]:
+        rows, good = [], []
+        for sample in self.samples:
+            try:
+                rows.append(self.loaded.inputs.build(sample.messages, sample.pictures, open_turn=False))
+                good.append(sample)
+            except (ImageError, PromptError):  # told by the number of held-out samples in each report
+                continue
+        self.samples = good
+        return rows
+
+    def answers(self) -> list[dict[str, str]]:
+        """Rows of question, expected, answer for the first held-out samples."""
+        chosen = self.samples[: self.num_answers]
+        inputs = self.loaded.inputs
+        prompts = [inputs.build(s.messages[:-1], s.pictures, open_turn=True) for s in chosen]
+        if not prompts:
+            return []
+        params = SamplingParams(max_tokens=ANSWER_TOKENS)
+        ids = generate_batch(self.loaded.model, prompts, params, self.loaded.stop_ids)
+        texts = [self.loaded.tokenizer.decode(row) for row in ids]
+        return [{"question": s.question, "expected": s.answer, "answer": t} for s, t in zip(chosen, texts, strict=True)]

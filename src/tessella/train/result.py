@@ -1,0 +1,50 @@
+"""What was learned, written for others: an adapter in PEFT's format, or a whole model in the official layout.
+
+In: the masters of the learned parameters, in float32.  Out: output/adapter, or output/model when
+the language model was taught whole.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from tessella.checkpoint.adapters import AdapterSettings, Pair, save_adapter
+from tessella.checkpoint.read import Loaded
+from tessella.checkpoint.weights import entries_of
+from tessella.checkpoint.write import write_official
+from tessella.train.lora import Taught, file_name
+from tessella.train.optimiser import Optimiser
+from tessella.train.recipe import Recipe
+
+
+def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optimiser) -> Path:
+    """Write what was learned and give its folder. Raises CheckpointError when it cannot be written."""
+    values = optimiser.values()
+    if recipe.language == "full":
+        entries = entries_of(whole_model(loaded, values, recipe.lora_alpha / recipe.lora_rank))
+        folder = recipe.output / "model"
+        return write_official(entries, folder, loaded.config, end_ids=loaded.stop_ids, base_folder=loaded.folder, force=True)
+    settings = AdapterSettings(base_name(recipe.model), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole)
+    return save_adapter(recipe.output / "adapter", values, settings, force=True)
+
+
+def base_name(model: str) -> str:
+    """What adapter_config.json calls the base: a folder's full path, so that the adapter works from everywhere, or the name."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def whole_model(loaded: Loaded, values: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Every parameter in the model's type, learned ones from their float32 masters, LoRA of the tower merged in float32."""
+    merged = {}
+    for name, parameter in loaded.model.named_parameters():
+        plain = file_name(name)
+        if ".lora_" in plain:
+            continue
+        value = values.get(plain, parameter.detach())
+        module = plain.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in values:
+            pair = Pair(values[f"{module}.lora_A.weight"], values[f"{module}.lora_B.weight"], scale)
+            value = value.float() + pair.delta()
+        merged[plain] = value.to(parameter.dtype)
+    return merged
