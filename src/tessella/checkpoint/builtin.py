@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tessella.checkpoint import smollm2
 from tessella.checkpoint.adapters import Adapter, Pair, fit, read_adapter
+from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.folder import MANIFEST, read_manifest
 from tessella.checkpoint.packing import read_packed, write_packed
 from tessella.checkpoint.smollm2 import LANGUAGE
@@ -24,7 +25,6 @@ from tessella.checkpoint.weights import Entry, entries_of
 from tessella.checkpoint.write import write_official
 from tessella.config import ModelConfig, VisionConfig
 from tessella.errors import CheckpointError
-from tessella.model.vision_language import VisionLanguageModel
 
 NANO = "tessella-nano"
 ASSETS = Path(__file__).parent.parent / "assets" / "nano"
@@ -114,8 +114,7 @@ def write_nano(
     config = nano_config()
     gguf = smollm2.Gguf(smollm2.language_base(cache or cache_folder(), _say))
     state = {**tower, **projector, **smollm2.base_state(gguf)}
-    with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in VisionLanguageModel(config).named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
     check_state(state, shapes)
     parameters = {entry.name: entry for entry in entries_of(state, dtype)}
     if lora is not None:

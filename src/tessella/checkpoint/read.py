@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tessella.checkpoint.adapters import fit, is_adapter, merge_adapter, read_adapter, read_adapter_config
+from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.names import EMBEDDING, HEAD, is_computed, official_name, official_shape, split
 from tessella.checkpoint.weights import Weights, open_weights, some
@@ -119,8 +120,7 @@ def load_model(
     config = load_config(folder)
     weights = open_weights(folder)
     config = resolve_head(config, weights)
-    with torch.device("meta"):
-        model = VisionLanguageModel(config)
+    model = blank_model(config)
     try:
         unused = load_weights(model, weights, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
