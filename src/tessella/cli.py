@@ -192,8 +192,8 @@ class Evaluate:
     """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
     metric: Literal["exact", "contains", "choice", "anls"] = "exact"
     """What is right: the same words, holding them, the same letter, or near in spelling."""
-    held_out: float = 1.0
-    """Of a dataset, score only the share that finetune holds out with the same number and seed; 1: everything."""
+    held_out: float | None = None
+    """Of a dataset, score only what finetune holds out with the same number (a share, or a count) and seed; default: all."""
     seed: int = 0
     """Seed of the held-out split."""
     limit: int | None = None

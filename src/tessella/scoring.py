@@ -4,7 +4,7 @@ In: the flags of the command.  Out: tasks, then rows on the screen, an HTML repo
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tessella.evaluate.report import as_json, percent, write_html
 from tessella.evaluate.run import Row, Settings, evaluate
 from tessella.evaluate.task import Item, Task, items_from, read_items
 from tessella.train.dataset import read_dataset, read_recipe_data
+from tessella.train.readers import read_rows
 from tessella.train.recipe import load_recipe
 
 
@@ -27,7 +28,7 @@ class Questions:
     data: tuple[Path, ...] = ()
     recipe: Path | None = None  # its held-out part, exactly as its run saw it
     skills: bool = False  # each JSONL file below data is a task of its own
-    held_out: float = 1.0  # share of a dataset, below 1; 1: all of it
+    held_out: float | None = None  # of a dataset: a share below 1, or a count; None: all of it
     seed: int = 0
     limit: int | None = None
     metric: str = "exact"
@@ -36,7 +37,7 @@ class Questions:
     def tasks(self) -> list[Task]:
         """Raises DataError when there is nothing to ask."""
         if self.skills:
-            return [self._task(path.stem, read_items(path)) for path in skill_files(self.data)]
+            return [self._task(path.stem, self._items(path)) for path in skill_files(self.data)]
         if self.recipe is not None:
             held_out = read_recipe_data(load_recipe(self.recipe)).held_out
             return [self._task(self.recipe.stem, items_from(held_out))]
@@ -49,27 +50,48 @@ class Questions:
         return Task(name, items[: self.limit], self.metric, self.max_tokens)
 
     def _items(self, path: Path) -> tuple[Item, ...]:
-        if path.is_file() and holds_questions(path):
+        first = first_row(path) if path.is_file() else {}
+        if "question" in first or ("messages" in first and "answers" in first):
             return read_items(path)
-        split, share = ("held_out", self.held_out) if self.held_out < 1 else ("all", 0.0)
-        samples, _ = read_dataset(path, split=split, held_out=share, seed=self.seed)  # type: ignore[arg-type]
-        return items_from(samples)
+        if self.held_out is None:
+            samples, _ = read_dataset(path)
+        else:
+            samples, _ = read_dataset(path, split="held_out", held_out=self.held_out, seed=self.seed)
+        items = items_from(samples)
+        if "answers" not in first:
+            return items
+        accepted = answers_by_place(path)
+        found = (accepted.get(sample.place, item.answers) for item, sample in zip(items, samples, strict=True))
+        return tuple(replace(item, answers=answers) for item, answers in zip(items, found, strict=True))
 
 
-def holds_questions(path: Path) -> bool:
-    """Whether a file's first row is a question with answers, and not a conversation to learn from."""
+def first_row(path: Path) -> dict[str, Any]:
+    """The first JSON line of a file; {} when it is none: an array over many lines, or damage, which the readers tell better."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
     try:
         row = json.loads(first)
     except json.JSONDecodeError:
-        return False  # an array over many lines, or damage, which the dataset's reader tells better
-    return isinstance(row, dict) and ("answer" in row or "answers" in row)
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def answers_by_place(path: Path) -> dict[str, tuple[str, ...]]:
+    """Conversations with "answers" beside them, all that counts as right: "file:line" -> answers. Raises DataError."""
+    found = {}
+    for place, read in read_rows(path):
+        answers = read.get("answers") if isinstance(read, dict) else None
+        if answers is None:
+            continue
+        if not isinstance(answers, list) or not all(isinstance(text, str) and text.strip() for text in answers) or not answers:
+            raise DataError(f"{place}: answers is {str(answers)[:60]}, must be a list of texts")
+        found[place] = tuple(answers)
+    return found
 
 
 def skill_files(folders: tuple[Path, ...]) -> list[Path]:
     """The JSON-lines files of questions in the folder that recipes/nano/make_data.py wrote."""
-    files = [path for folder in folders for path in sorted(folder.rglob("*.jsonl")) if holds_questions(path)]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.jsonl")) if "answers" in first_row(path)]
     if not files:
         raise DataError(
             "--skills needs --data FOLDER with the files of questions that recipes/nano/make_data.py --stage skills writes; "
