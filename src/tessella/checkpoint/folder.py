@@ -31,13 +31,13 @@ def new_folder(
     target = target.absolute()
     check_replaceable(target, force=force)
     parent = target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    check_room(parent, num_bytes)
-    _sweep(parent, target.name)
     aside = parent / f".{target.name}.{os.getpid()}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        check_room(parent, num_bytes)
+        _sweep(parent, target.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
         yield aside
         _write_manifest(aside, known_hashes or {})
         _swap(aside, target)

