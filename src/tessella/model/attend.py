@@ -29,8 +29,8 @@ class Causal:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
         self.longest = max(self.lengths)
-        ends = torch.tensor([0, *self.lengths], device=device).cumsum(0)
-        self.starts = ends.to(torch.int32)
+        ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
+        self.starts = ends.to(device, non_blocking=True)  # made on the device, each pass would wait for the one before
         self.blocks = Blocks(self.lengths) if torch.device(device).type == "cpu" else None
 
     # Not compiled: the lengths change with every pass, and each would be compiled anew.
@@ -137,42 +137,77 @@ def one_block(q: Tensor, k: Tensor, v: Tensor, rows: int, side: int) -> Tensor:
 
 
 class Dense:
-    """Rows with a past, for plain generation: one growing cache of keys and values a row and a layer.
+    """Rows with a past, for plain generation: first all prompts, then one token of each row at a time.
 
-    Call `begin(lengths)` before each forward pass with the number of new tokens of each row.
+    Keys and values lie side by side, (R, S, Hk, D) a layer for R rows, shorter rows with room behind them.
+    Call `begin(lengths)` before each forward pass with the number of new tokens of each row that is still here.
     """
 
-    def __init__(self, rows: int, layers: int):
-        self.caches: list[list[tuple[Tensor, Tensor] | None]] = [[None] * layers for _ in range(rows)]
-        self.lengths: list[int] = []
+    def __init__(self, rows: int, layers: int, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.past = [0] * rows  # tokens of each row that are held
+        self.prompts: Causal | None = None
+        self.places = torch.empty(0)  # where each row's new token goes
+        self.held: Tensor | None = None  # (R, S) true where a row has a token; None when all are of one length
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """lengths: new tokens of each row that is still here."""
-        assert len(lengths) == len(self.caches)
-        self.lengths = list(lengths)
+        """lengths: new tokens of each row: its prompt at first, then 1."""
+        assert len(lengths) == len(self.past)
+        first = not any(self.past)
+        assert first or all(new == 1 for new in lengths), "after the prompt a row grows by one token at a time"
+        self.prompts = Causal(lengths, self.device) if first else None
+        if not first:
+            ends = torch.tensor(self.past, device=self.device)
+            self.places = ends
+            same = min(self.past) == max(self.past)
+            self.held = None if same else torch.arange(max(self.past) + 1, device=self.device) <= ends[:, None]
+        self.past = [old + new for old, new in zip(self.past, lengths, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row but these (indices into the rows that are still here)."""
-        self.caches = [self.caches[row] for row in rows]
+        if len(rows) == len(self.past):
+            return
+        chosen = torch.tensor(rows, device=self.device)
+        for stores in (self.keys, self.values):
+            stores[:] = [None if store is None else store[chosen] for store in stores]
+        self.past = [self.past[row] for row in rows]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(self.caches, q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
-        return torch.cat([self._row(cache, layer, *part) for cache, *part in parts])
+        if self.prompts is not None:
+            self.keys[layer], self.values[layer] = (side_by_side(x, self.past) for x in (k, v))
+            return self.prompts(layer, q, k, v)
+        keys, values = (self._grow(stores, layer, x) for stores, x in ((self.keys, k), (self.values, v)))
+        longest = max(self.past)
+        keys, values = (x[:, :longest].transpose(1, 2) for x in (keys, values))
+        mask = None if self.held is None else self.held[:, None, None, :]
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)
+        return out[:, :, 0]
 
-    def _row(self, cache: list[tuple[Tensor, Tensor] | None], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        past = cache[layer]
-        if past is not None:
-            k, v = torch.cat((past[0], k)), torch.cat((past[1], v))
-        cache[layer] = (k, v)
-        return one_row(q, k, v)
+    def _grow(self, stores: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
+        """Put the new token (R, Hk, D) of each row behind what the row holds."""
+        store = stores[layer]
+        assert store is not None, "begin with the prompts"
+        if store.shape[1] < max(self.past):
+            store = F.pad(store, (0, 0, 0, 0, 0, ROOM))
+            stores[layer] = store
+        store[torch.arange(len(new), device=new.device), self.places] = new
+        return store
+
+
+ROOM = 64  # tokens by which a full store grows
+
+
+def side_by_side(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows back to back (T, Hk, D) -> (R, S + ROOM, Hk, D), zeros behind the shorter ones."""
+    out = x.new_zeros(len(lengths), max(lengths) + ROOM, *x.shape[1:])
+    for row, part in enumerate(x.split(list(lengths))):
+        out[row, : len(part)] = part
+    return out
 
 
 def one_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one row whose new queries are the last of its keys. q (T, Hq, D), k, v (S, Hk, D) -> (T, Hq, D)."""
-    new, old = q.shape[0], k.shape[0] - q.shape[0]
+    """Causal attention of one row without a past. q (T, Hq, D), k, v (T, Hk, D) -> (T, Hq, D)."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = None
-    if old and new > 1:  # is_causal would align the mask to the upper left; with a past it must be the lower right
-        mask = torch.ones(new, old + new, dtype=torch.bool, device=q.device).tril(old)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not old and new > 1, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

@@ -1,7 +1,7 @@
 """Samples become passes: rows back to back, without padding, with the positions that learn.
 
 In: samples in the order of the seed.  Out: for each optimizer step its Packs, made the same whoever makes them and when.
-T tokens of all rows of a pass, L of them learned, N tiles.
+T tokens of all rows of a pass, L of them learned, S of them visual, N tiles.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Pack:
     """The rows of one forward and backward pass."""
 
     ids: Tensor  # (T,) int64
-    slots: Tensor  # (T,) bool, true where a visual token goes
+    slots: Tensor  # (S,) int64: positions of the visual tokens, in the order of the tiles
     positions: Tensor  # (T,) int64, from 0 in each row
     predict: Tensor  # (L,) int64: positions whose next token is learned; the head is applied there alone
     targets: Tensor  # (L,) int64: that next token
@@ -83,7 +83,7 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
     predict = learned.nonzero()[:, 0]
     return Pack(
         ids=ids,
-        slots=torch.cat([row.slots for row in rows]),
+        slots=torch.cat([row.slots for row in rows]).nonzero()[:, 0],
         positions=torch.cat([torch.arange(len(row)) for row in rows]),
         predict=predict,
         targets=ids[predict + 1],

@@ -40,7 +40,10 @@ class FeatureCache:
         for start in range(0, len(wanted), 1 if self.alone else TILES_AT_ONCE):
             part = wanted[start : start + (1 if self.alone else TILES_AT_ONCE)]
             with torch.no_grad():
-                said = self.compute(tiles[[index for _, index in part]].to(self.device, non_blocking=True))
+                # Without repeats a slice stays in page-locked memory, from which a GPU copies while it computes.
+                all_new = len(wanted) == len(tiles)
+                chosen = tiles[start : start + len(part)] if all_new else tiles[[index for _, index in part]]
+                said = self.compute(chosen.to(self.device, non_blocking=True))
             self.computed += len(part)
             fresh |= {digest: one for (digest, _), one in zip(part, said, strict=True)}
         together = torch.stack([fresh[digest] if digest in fresh else self.kept[digest] for digest in digests])

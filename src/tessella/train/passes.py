@@ -47,7 +47,11 @@ class Passes:
     def loss(self, pack: Pack) -> Tensor:
         """Cross-entropy summed over the learned tokens of a pack, a scalar; logits are made at these L positions alone."""
         pack = pack.to(self.model.device)
-        embeddings = self.model.embed(pack.ids, pack.slots, self.see(pack))
+        embeddings = self.model.language_model.embed(pack.ids)
+        visual = self.see(pack)
+        if visual is not None:
+            # As model.embed does it with a mask; but a mask's gradient makes the host wait for the GPU, and positions do not.
+            embeddings = embeddings.index_copy(0, pack.slots, visual.flatten(0, 1).to(embeddings.dtype))
         attend = Causal(pack.lengths, self.model.device)
         hidden = self.model(embeddings, pack.positions, attend, max(pack.lengths))
         logits = self.model.logits(hidden.index_select(0, pack.predict))
