@@ -21,7 +21,7 @@ from tessella.checkpoint.convert import convert_adapter
 from tessella.checkpoint.folder import MANIFEST
 from tessella.checkpoint.read import find_model, load, load_model
 from tessella.checkpoint.verify import compare, logits_on, probes
-from tessella.errors import CheckpointError
+from tessella.errors import CheckpointError, ConfigError
 from tessella.model.vision_language import VisionLanguageModel
 
 RANK, ALPHA = 4, 8
@@ -262,6 +262,14 @@ def test_only_our_own_unchanged_folder_is_written_over_and_only_when_forced(adap
     with pytest.raises(CheckpointError, match=r"changed since we made it \(config\.json\)"):
         convert_adapter(adapter, out, force=True)
     assert (out / MANIFEST).is_file()
+
+
+def test_a_place_or_type_that_cannot_be_is_told_before_any_work(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="does not let us write"):
+        convert_adapter(adapter, tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="int8"):
+        convert_adapter(adapter, tmp_path / "out", dtype="int8")
 
 
 def test_base_or_adapter_are_never_the_place_to_write_to(base: Path, adapter: Path) -> None:

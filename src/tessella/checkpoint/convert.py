@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tessella.checkpoint.adapters import Adapter, attach, fit, read_adapter
-from tessella.checkpoint.folder import check_replaceable
+from tessella.checkpoint.folder import check_place
 from tessella.checkpoint.read import find_model, load_model
 from tessella.checkpoint.verify import LIMITS, Proof, compare, logits_on, probes
 from tessella.checkpoint.weights import Entry, entries_of
 from tessella.checkpoint.write import write_official
-from tessella.errors import CheckpointError
+from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs, ModelInput
 from tessella.model.device import DTYPES, choose_device
 from tessella.model.vision_language import VisionLanguageModel
@@ -72,7 +72,9 @@ def convert_adapter(
     """
     start = time.perf_counter()
     adapter, out, where = Path(adapter).expanduser(), Path(out).expanduser(), choose_device(device)
-    check_replaceable(out, force=force)
+    if dtype != "base" and dtype not in DTYPES:
+        raise ConfigError(f'dtype "{dtype}" is not known; say base, {", ".join(DTYPES)}')
+    check_place(out, num_bytes=0, force=force)
     found = read_adapter(adapter)
     base_folder = find_base(adapter, base)
     if out.resolve() in (base_folder.resolve(), adapter.resolve()):
@@ -87,8 +89,9 @@ def convert_adapter(
         )
     inputs = Inputs(model.config, Tokenizer.load(base_folder))
     prompts = probes(inputs)
-    untaught, wanted = unmerged_logits(base_folder, found, prompts, where)
     entries = merged_entries(model, found, None if dtype == "base" else DTYPES[dtype])
+    check_place(out, num_bytes=sum(entry.num_bytes for entry in entries), force=force)  # before minutes of work, not after
+    untaught, wanted = unmerged_logits(base_folder, found, prompts, where)
     stored = coarsest(entries, found)
     proofs: list[Proof] = []
 

@@ -47,6 +47,15 @@ def new_folder(
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_place(target: Path, *, num_bytes: int, force: bool = False) -> None:
+    """check_replaceable, and whether target's disk takes num_bytes and lets us write. Raises CheckpointError."""
+    check_replaceable(target, force=force)
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{parent} does not let us write {target.name} into it; give another place to write to")
+    check_room(parent, num_bytes)
+
+
 def check_replaceable(target: Path, *, force: bool = False) -> None:
     """Raises CheckpointError unless target is absent, empty, or, with force, ours and unchanged since."""
     if not target.exists() and not target.is_symlink():
