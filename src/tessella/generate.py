@@ -48,7 +48,7 @@ def generate_rows(
     """(row, id) as they come. A row ends at a stop id, which is not given out, or after params.max_tokens."""
     lengths = [len(one) for one in inputs]
     total = max(lengths) + params.max_tokens  # fixed at the start: a cached row turns by the same angles throughout
-    attend = Dense(len(inputs), model.config.language.num_layers)
+    attend = Dense(len(inputs), model.config.language.num_layers, model.device)
     attend.begin(lengths)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
     hidden = model(embed(model, inputs), positions, attend, total)
@@ -145,6 +145,8 @@ def stream_text(
             yield held[:safe]
             held = held[safe:]
     held += stream.end()
+    found = [held.find(stop) for stop in params.stop if stop in held]
+    held = held[: min(found)] if found else held
     if held:
         yield held
 
