@@ -292,12 +292,12 @@ class Kind:
 
 
 KINDS = {
-    "photo": Kind(photo, 0.30, 0.26),
-    "emoji": Kind(emoji, 0.12, 0.10),
-    "word": Kind(word, 0.30, 0.28),
-    "count": Kind(count, 0.09, 0.09),
-    "place": Kind(place, 0.11, 0.12),
+    "photo": Kind(photo, 0.30, 0.28),
+    "emoji": Kind(emoji, 0.12, 0.12),
+    "word": Kind(word, 0.30, 0.30),
+    "count": Kind(count, 0.09, 0.08),
+    "place": Kind(place, 0.11, 0.11),
     "colour": Kind(colour, 0.08, 0.07),
-    "chat": Kind(chat, 0.0, 0.08),
+    "chat": Kind(chat, 0.0, 0.04),
 }
 SKILLS = {"words": word, "counting": count, "relations": place, "colours": colour}  # measured beside the naming of photographs
