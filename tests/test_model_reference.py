@@ -41,8 +41,9 @@ def native_model(config: ModelConfig):
         rope_parameters={"rope_type": "dynamic", "factor": t.rope_dynamic_factor, "rope_theta": t.rope_theta},
     )  # fmt: skip
     vision = transformers.InternVLVisionConfig(
-        hidden_size=v.hidden_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads, intermediate_size=v.intermediate_size,
-        image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH], use_qk_norm=v.qk_norm, attention_bias=v.qkv_bias, norm_type=v.norm,
+        hidden_size=v.hidden_size, num_hidden_layers=v.num_layers, num_attention_heads=v.num_heads,
+        intermediate_size=v.intermediate_size, image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH], use_qk_norm=v.qk_norm,
+        attention_bias=v.qkv_bias, norm_type=v.norm,
         layer_norm_eps=v.norm_eps, use_mean_pooling=True,
     )  # fmt: skip
     whole = transformers.InternVLConfig(vision_config=vision, text_config=text, image_token_id=SLOT, image_seq_length=SLOTS)
@@ -53,20 +54,31 @@ def native_model(config: ModelConfig):
     return model
 
 
-RENAMES = (
-    ("model.vision_tower.", "vision_model."), ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding"),
-    ("patch_embeddings.projection", "patch_embedding"), ("encoder.layer.", "encoder.layers."), ("attention.projection_layer", "attn.proj"),
-    ("attention.q_norm", "attn.q_norm"), ("attention.k_norm", "attn.k_norm"), ("lambda_", "ls"), ("layernorm_before", "norm1"),
-    ("layernorm_after", "norm2"), ("model.multi_modal_projector.layer_norm", "mlp1.0"), ("model.multi_modal_projector.linear_1", "mlp1.1"),
-    ("model.multi_modal_projector.linear_2", "mlp1.3"), ("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"),
-)  # fmt: skip
+RENAMES = {
+    "model.vision_tower.": "vision_model.",
+    "cls_token": "class_embedding",
+    "position_embeddings": "position_embedding",
+    "patch_embeddings.projection": "patch_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "attention.projection_layer": "attn.proj",
+    "attention.q_norm": "attn.q_norm",
+    "attention.k_norm": "attn.k_norm",
+    "lambda_": "ls",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "model.multi_modal_projector.layer_norm": "mlp1.0",
+    "model.multi_modal_projector.linear_1": "mlp1.1",
+    "model.multi_modal_projector.linear_2": "mlp1.3",
+    "model.language_model.": "language_model.model.",
+    "lm_head": "language_model.lm_head",
+}
 
 
 def our_model(native, config: ModelConfig) -> VisionLanguageModel:
     """Ours with the weights of transformers' model, renamed here by hand, not by the code under test."""
     state = {}
     for name, value in native.state_dict().items():
-        for theirs, ours in RENAMES:
+        for theirs, ours in RENAMES.items():
             name = name.replace(theirs, ours)
         state[name] = value
     for name in [n for n in state if "vision_model" in n and ".attention.q_proj." in n]:

@@ -56,7 +56,10 @@ def start(args: argparse.Namespace) -> None:
 def pack(args: argparse.Namespace) -> None:
     """The adapter's own tower and projector win over the folder's."""
     learned = lora_state(Path(args.adapter))
-    state = {**load(args.model, device="cpu", dtype="float32").model.state_dict(), **{n: t for n, t in learned.items() if ".lora_" not in n}}
+    state = {
+        **load(args.model, device="cpu", dtype="float32").model.state_dict(),
+        **{n: t for n, t in learned.items() if ".lora_" not in n},
+    }
     part = {p: {n: t for n, t in state.items() if n.startswith(p)} for p in ("vision_model.", "mlp1.")}
     lora = {n: t for n, t in learned.items() if ".lora_" in n}
     print(write_assets(part["vision_model."], part["mlp1."], lora, Path(args.out)))

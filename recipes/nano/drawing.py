@@ -330,6 +330,7 @@ def word_picture(rng: random.Random, parts: Parts, word: str, font_path: str) ->
         page, plate = plain_page(ground), None
         if kind > 0.75:
             page = gradient_page(rng, ground, _shifted(rng, ground, ink))
+    mask = mask.crop((0, 0, min(mask.width, SIDE_PX), min(mask.height, SIDE_PX)))  # a hanging stroke may reach out
     x, y = rng.randint(0, SIDE_PX - mask.width), rng.randint(0, SIDE_PX - mask.height)
     if plate is not None:
         ImageDraw.Draw(page).rectangle((x - 4, y - 4, x + mask.width + 4, y + mask.height + 4), fill=plate)

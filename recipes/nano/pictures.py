@@ -57,7 +57,9 @@ def square(image: Image.Image, side: int) -> np.ndarray:
     """Shorter side to S, centre cut out -> (S, S, 3)."""
     scale = side / min(image.size)
     if scale != 1:
-        image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (max(side, round(image.width * scale)), max(side, round(image.height * scale))), Image.Resampling.BICUBIC
+        )
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return np.asarray(image.crop((left, top, left + side, top + side)))
 

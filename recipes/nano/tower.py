@@ -19,15 +19,16 @@ import pictures
 import torch
 import torch.nn.functional as F
 import views
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from student import Student, drawn_loss, photo_loss
 from teacher import TEACHER_PX, Teacher
 from torch import Tensor, nn
 
-from tessella.config import VisionConfig
-from tessella.image import MEAN, STD
+from tessella.checkpoint.builtin import nano_config
 from tessella.model.vision import VisionTower
 
-NANO_VISION = VisionConfig(384, 1536, num_layers=12, num_heads=6, image_size_px=224, layer_scale_init=0.1)
+LAYER_SCALE = 0.1  # a tower of 12 layers begins steadier below 1 (arXiv:2103.17239)
 
 
 @dataclass(frozen=True)
@@ -51,38 +52,6 @@ class Plan:
     weight_decay: float = 0.05
     warmup_share: float = 0.03
     seed: int = 1
-
-
-class Student(nn.Module):
-    """The tower and the heads that only training needs."""
-
-    def __init__(self, tower: VisionTower, labels: int, drawings: int):
-        super().__init__()
-        width = tower.config.hidden_size
-        self.tower = tower
-        self.norm = nn.LayerNorm(width)
-        self.map = nn.Linear(width, 352)
-        self.pooled = nn.Linear(width, 1280)
-        self.logits = nn.Linear(width, 1000)
-        self.label = nn.Linear(width, labels)
-        self.drawing = nn.Linear(width, drawings)
-        self.colour = nn.Linear(width, len(views.COLOURS))
-        self.shape = nn.Linear(width, len(views.SHAPES))
-        self.count = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 5))
-        self.letter = nn.Linear(width, len(pictures.LETTERS) + 1)
-        self.query = nn.Parameter(torch.randn(pictures.LONGEST, width) * 0.5)
-        self.read = nn.MultiheadAttention(width, 6, batch_first=True)
-
-    def forward(self, seen: Tensor) -> Tensor:
-        """seen (B, 3, S, S) in 0..1 -> normed features (B, P, P, C)."""
-        mean, std = (torch.tensor(v, device=seen.device)[:, None, None] for v in (MEAN, STD))
-        return self.norm(self.tower((seen - mean) / std))
-
-    def spell(self, features: Tensor) -> Tensor:
-        """features (B, P, P, C) -> letters (B, 8, 53)."""
-        flat = features.flatten(1, 2)
-        read, _ = self.read(self.query.expand(len(flat), -1, -1), flat, flat, need_weights=False)
-        return self.letter(self.query + read)
 
 
 class Photographs:
@@ -145,11 +114,16 @@ def gather(args: argparse.Namespace, plan: Plan, device: torch.device, chance: v
     keys, emoji, emoji_class = pictures.read_emoji(Path(args.parts), args.styles.split(","))
     words = pictures.render_words(Path(args.parts), "train", plan.rendered_words, workers, plan.seed)
     held = pictures.render_words(Path(args.parts), "held_out", 4000, workers, plan.seed + 1)
-    print(f"decoded {len(tiny_names)} + {len(large_labels)} pictures, {len(words.masks)} words: {time.monotonic() - clock:.0f} s", flush=True)
+    print(
+        f"decoded {len(tiny_names)} + {len(large_labels)} pictures, {len(words.masks)} words: {time.monotonic() - clock:.0f} s",
+        flush=True,
+    )
     teacher = Teacher().to(device=device, dtype=torch.bfloat16, memory_format=torch.channels_last)
     tiny_labels = torch.tensor([wnids.index(name.split("/")[0]) for name in tiny_names])
     stock = Photographs(torch.cat([p for _, p in tiny]).to(device), tiny_labels.to(device), plan.tiny_views, 0.3, chance, teacher)
-    large = Photographs(torch.cat(large_pixels).to(device), torch.tensor(large_labels).to(device), plan.large_views, 0.2, chance, teacher)
+    large = Photographs(
+        torch.cat(large_pixels).to(device), torch.tensor(large_labels).to(device), plan.large_views, 0.2, chance, teacher
+    )
     few = {"pooled": large.pooled[::7].float(), "maps": large.maps[::7].float()}
     spread = {
         "pooled": (few["pooled"].mean(0), few["pooled"].std(0) + 1e-3),
@@ -162,49 +136,6 @@ def gather(args: argparse.Namespace, plan: Plan, device: torch.device, chance: v
     parts = Parts(stock, large, emoji.to(device), emoji_class.to(device), on_device, spread, tests, names)
     parts.tests["held_columns"] = (held.columns, held.columns)
     return parts
-
-
-def photo_loss(student: Student, parts: Parts, drawn: list[tuple[Tensor, ...]], features: Tensor) -> dict[str, Tensor]:
-    """Distillation of logits, pooled features and map, and the labels where there are any."""
-    label, logits, pooled, maps = (torch.cat(part) for part in list(zip(*drawn, strict=True))[1:])
-    mean = features.mean((1, 2))
-    side = features.shape[1]
-    aim = F.interpolate((maps.float() - parts.spread["maps"][0]) / parts.spread["maps"][1], size=side, mode="bilinear")
-    said = F.log_softmax(student.logits(mean).float(), -1)
-    return {
-        "map": F.smooth_l1_loss(student.map(features).float(), aim.permute(0, 2, 3, 1)),
-        "pooled": F.smooth_l1_loss(student.pooled(mean).float(), (pooled.float() - parts.spread["pooled"][0]) / parts.spread["pooled"][1]),
-        "logits": F.kl_div(said, F.log_softmax(logits.float(), -1), log_target=True, reduction="batchmean"),
-        "label": 0.5 * F.cross_entropy(student.label(mean).float(), label, label_smoothing=0.1),
-    }
-
-
-def drawn_loss(student: Student, parts: Parts, chance: views.Chance, plan: Plan) -> tuple[Tensor, "callable"]:
-    """The views (B, 3, S, S) of drawings, scenes and words, and the function from their features to their losses."""
-    photos = parts.large.pixels
-    single, label, at = views.drawings(parts.emoji, parts.emoji_class, photos, chance, plan.drawings, plan.full_px)
-    scene = views.scenes(parts.emoji, parts.emoji_class, photos, chance, plan.scenes, plan.full_px)
-    page, codes, letters = views.written(parts.words, photos, chance, plan.words, plan.full_px)
-
-    def losses(features: Tensor) -> dict[str, Tensor]:
-        one, many, text = features.split((plan.drawings, plan.scenes, plan.words))
-
-        def patch(head: nn.Module, of: Tensor, truth: Tensor) -> Tensor:
-            return F.cross_entropy(head(of).float().flatten(0, 2), truth.flatten())
-
-        letter = student.letter(text).float().flatten(0, 2)
-        weight = torch.where(letters > 0, 1.0, 0.1).flatten()  # most patches show no letter
-        return {
-            "drawing": 0.4 * F.cross_entropy(student.drawing(one.mean((1, 2))).float(), label, label_smoothing=0.05),
-            "drawing_at": 0.2 * patch(student.drawing, one, at) + 0.2 * patch(student.drawing, many, scene.drawing),
-            "colour_at": 0.2 * patch(student.colour, many, scene.colour),
-            "shape_at": 0.2 * patch(student.shape, many, scene.shape),
-            "count": 0.3 * F.cross_entropy(student.count(many.mean((1, 2))).float(), scene.count),
-            "letter_at": 0.4 * (F.cross_entropy(letter, letters.flatten(), reduction="none") * weight).sum() / weight.sum(),
-            "spell": 0.6 * F.cross_entropy(student.spell(text).float().flatten(0, 1), codes.flatten()),
-        }
-
-    return torch.cat((single, scene.views, page)), losses
 
 
 def optimisers(student: Student, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -291,8 +222,6 @@ def save(folder: Path, student: Student, opts: list[torch.optim.Optimizer], done
 
 
 def resume(path: Path, student: Student, opts: list[torch.optim.Optimizer], device: torch.device) -> dict[str, float]:
-    from safetensors import safe_open
-
     tensors = load_file(path, device=str(device))
     student.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("opt.")})
     for number, opt in enumerate(opts):
@@ -344,7 +273,7 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
     parts = gather(args, plan, device, chance)
     if plan.total_seconds:
         plan = replace(plan, seconds=plan.total_seconds - (time.monotonic() - clock) - 30)
-    tower = VisionTower(NANO_VISION)
+    tower = VisionTower(replace(nano_config().vision, layer_scale_init=LAYER_SCALE))
     initialise(tower)
     student = Student(tower, len(parts.names["labels"]), len(parts.names["drawings"])).to(device)
     opts = optimisers(student, plan)
@@ -373,7 +302,9 @@ def initialise(tower: VisionTower) -> None:
         nn.init.trunc_normal_(parameter, std=0.02)
 
 
-def learn(student, parts: Parts, opts, chance: views.Chance, plan: Plan, done: dict[str, float], out: Path, device: torch.device) -> None:
+def learn(
+    student, parts: Parts, opts, chance: views.Chance, plan: Plan, done: dict[str, float], out: Path, device: torch.device
+) -> None:
     """Train until plan.seconds are spent, counting those before a resume."""
     before, start, saved, told, seen = done["seconds"], time.monotonic(), time.monotonic(), -1e9, 0
     running: dict[str, Tensor] = {}

@@ -90,7 +90,7 @@ def grounds(photos: Tensor, chance: Chance, count: int, side: int) -> Tensor:
 
 
 def placed(layers: Tensor, centre: Tensor, half: Tensor, angle: Tensor, side: int, mode: str = "bilinear") -> Tensor:
-    """Set layers (B, C, h, w) onto canvases of side S: centre (B, 2) and half size (B, 2) in -1..1, angle (B,) -> (B, C, S, S)."""
+    """Set layers (B, C, h, w) onto canvases: centre and half size (B, 2) in -1..1, angle (B,) -> (B, C, S, S)."""
     cos, sin = angle.cos(), angle.sin()
     x, y = centre.unbind(1)
     w, h = half.unbind(1)
@@ -109,7 +109,9 @@ def at_patches(alpha: Tensor) -> Tensor:
     return F.avg_pool2d(alpha, PATCH_PX)[:, 0]
 
 
-def drawings(emoji: Tensor, classes: Tensor, photos: Tensor, chance: Chance, count: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def drawings(
+    emoji: Tensor, classes: Tensor, photos: Tensor, chance: Chance, count: int, side: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """One large drawing a view -> views (B, 3, S, S), its class (B,), its class at each covered patch (B, P, P)."""
     picked = chance.integer(len(emoji), count)
     layer = emoji[picked].float() / 255
@@ -178,7 +180,9 @@ def scenes(emoji: Tensor, classes: Tensor, photos: Tensor, chance: Chance, count
     return Scene(views, drawing, colour, shape, number - 1)
 
 
-def written(words: tuple[Tensor, Tensor, Tensor], photos: Tensor, chance: Chance, count: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def written(
+    words: tuple[Tensor, Tensor, Tensor], photos: Tensor, chance: Chance, count: int, side: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """One word a view -> views (B, 3, S, S), its letters (B, 8), the letter at each patch (B, P, P), 0 where there is none."""
     masks, columns, codes = words
     pick = chance.integer(len(masks), count)

@@ -114,7 +114,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """The raw dict of FOLDER/config.json. Raises CheckpointError."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout")
+        raise CheckpointError(
+            f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
