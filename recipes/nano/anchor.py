@@ -1,7 +1,7 @@
 """Between stages 1 and 2, where no GPU is at hand: the projector learns the language model's own words for what a patch shows.
 
 Each visual token is pulled towards the embedding of the name of what lies under it: a photograph's class, a drawing's
-name, a letter, a colour and a shape. The language model never runs, so this takes minutes on a CPU; stage 3 then has less to learn.
+name, a letter, a colour and a shape. The language model never runs, so this takes minutes on a CPU and stage 3 has less to do.
 In: a start folder of assemble.py, --parts, --data.  Out: a model folder with the taught projector.
 
 N pictures, K = 64 visual tokens of a picture, C = 1536 folded features, D = 576 width of the language model.

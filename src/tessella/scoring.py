@@ -46,6 +46,11 @@ class Questions:
         items = tuple(item for path in self.data for item in self._items(path))
         return [self._task(self.data[0].stem, items)]
 
+    def metrics(self) -> Path | None:
+        """The log of the run whose held-out part is scored, for the loss curve."""
+        beside = None if self.recipe is None else self.recipe.with_name("metrics.jsonl")
+        return beside if beside is not None and beside.is_file() else None
+
     def _task(self, name: str, items: tuple[Item, ...]) -> Task:
         return Task(name, items[: self.limit], self.metric, self.max_tokens)
 
@@ -115,7 +120,7 @@ def score(
         results.append(as_json(rows, task, origin))
         if html is not None:
             page = html if len(tasks) == 1 else html.with_name(f"{html.stem}-{task.name}{html.suffix}")
-            write_html(page, rows, task, origin=origin)
+            write_html(page, rows, task, metrics=questions.metrics(), origin=origin)
             console.print(f"report: {page}", highlight=False)
     return results[0] if len(results) == 1 else {"tasks": results}
 
@@ -130,7 +135,7 @@ def table_of(task: Task, rows: list[Row]) -> Table:
         table.add_column("perplexity")
     for row in rows:
         interval, test = row.score.interval, row.against_first
-        against = "" if test is None else f"p = {test.p_mid:.2g}"
+        against = "" if test is None else f"p = {test.p_exact:.2g}"
         cells = [
             row.label,
             percent(row.score.mean),

@@ -54,9 +54,10 @@ def load(
     dtype: "auto" (bfloat16 where the device has it in hardware, else float32), "float32", "bfloat16" or "float16".
     Raises CheckpointError, ConfigError, DownloadError (first use of tessella-nano), MemoryError_.
     """
+    where = choose_device(device)  # before the folder is looked for: a first use fetches 93 MB
+    number_type = choose_dtype(dtype, where)
     folder, adapter = find_model(name_or_folder, adapter)
-    where = choose_device(device)
-    model, unused = load_model(folder, device=where, dtype=choose_dtype(dtype, where))
+    model, unused = load_model(folder, device=where, dtype=number_type)
     if adapter is not None:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         merge_adapter(model, fit(read_adapter(adapter), shapes, model.config.language))

@@ -109,7 +109,7 @@ class Recipe:
     compile: bool = False
     """Compile the model with torch.compile (CUDA only pays)."""
     workers: int = 2
-    """Threads that read and cut pictures."""
+    """Processes that read and cut pictures ahead of a GPU; on the CPU they would only take its cores, and none is used."""
     output: Path = Path("runs/finetune")
     """Folder of adapter, checkpoints and logs."""
     resume: bool = False
