@@ -18,9 +18,9 @@ FLOORS = {
     "chat": 1,
     "tokenizer": 1,
     "sampling": 1,
+    "foods": 1,
     "model": 2,
     "inputs": 2,
-    "foods": 2,
     "generate": 3,
     "checkpoint": 3,
     "train": 4,
@@ -28,7 +28,7 @@ FLOORS = {
     "cli": 5,
 }
 # These stand beside cli.py for their length alone: one room.
-JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo")
+JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes")
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"
 

@@ -5,7 +5,6 @@ in which `tessella --help` must answer. The Recipe is plain data and is imported
 """
 
 import difflib
-import errno
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from tessella.errors import ConfigError, TessellaError
 from tessella.foods import STYLES
+from tessella.mistakes import MENDABLE, OUT_OF_MEMORY, is_out_of_memory, tell
 from tessella.train.recipe import Recipe, load_recipe
 
 ABOUT = """InternVL2 from tiles to tokens to an answer: ask, teach, convert, compare, ask again.
@@ -368,34 +368,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return tell(f"{OUT_OF_MEMORY}\n({str(error).splitlines()[0]})")
-
-
-OUT_OF_MEMORY = """out of memory. What can be lowered, the most telling first:
-  teaching: --tokens-per-pass (the result stays the same), --max-tiles, --lora-rank; --tower frozen
-  asking:   --max-tiles, --max-tokens, --batch-items; --dtype bfloat16 halves the weights of float32
-tessella inspect MODEL tells what a model needs."""
-
-MENDABLE = {
-    errno.ENOSPC: "make room on the disk and run it again",
-    errno.EDQUOT: "make room in your quota and run it again",
-    errno.EACCES: "check the permissions, or write somewhere else",
-    errno.EPERM: "check the permissions, or write somewhere else",
-    errno.EROFS: "the disk takes no writing; write somewhere else",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "it is a folder; give a file",
-}
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator gives up."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def tell(message: str) -> int:
-    """One clear message on stderr; gives exit code 2."""
-    print(f"tessella: {message}", file=sys.stderr)
-    return 2
 
 
 def write_json(path: Path, result: Result) -> None:

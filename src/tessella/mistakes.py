@@ -1,0 +1,34 @@
+"""What a person is told when something goes wrong that can be mended, and with which exit code.
+
+In: an error.  Out: one clear message on stderr, exit code 2.  It imports no torch, like cli.py.
+"""
+
+import errno
+import sys
+
+OUT_OF_MEMORY = """out of memory. What can be lowered, the most telling first:
+  teaching: --tokens-per-pass (the result stays the same), --max-tiles, --lora-rank; --tower frozen
+  asking:   --max-tiles, --max-tokens, --batch-items; --dtype bfloat16 halves the weights of float32
+tessella inspect MODEL tells what a model needs."""
+
+MENDABLE = {
+    errno.ENOSPC: "make room on the disk and run it again",
+    errno.EDQUOT: "make room in your quota and run it again",
+    errno.EACCES: "check the permissions, or write somewhere else",
+    errno.EPERM: "check the permissions, or write somewhere else",
+    errno.EROFS: "the disk takes no writing; write somewhere else",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "it is a folder; give a file",
+}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator gives up."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def tell(message: str) -> int:
+    """One clear message on stderr; gives exit code 2."""
+    print(f"tessella: {message}", file=sys.stderr)
+    return 2
