@@ -33,8 +33,6 @@ class Causal:
         self.starts = ends.to(device, non_blocking=True)  # made on the device, each pass would wait for the one before
         self.blocks = Blocks(self.lengths) if torch.device(device).type == "cpu" else None
 
-    # Not compiled: the lengths change with every pass, and each would be compiled anew.
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             return self._packed(q, k, v)

@@ -14,7 +14,7 @@ from tessella.checkpoint.read import Loaded
 from tessella.errors import ConfigError, ImageError, PromptError
 from tessella.generate import generate_batch
 from tessella.inputs import ModelInput
-from tessella.model.attend import Causal
+from tessella.model.attend import Attend, Causal
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, pack_all
@@ -41,6 +41,7 @@ class Passes:
             seen = model.visual_tokens if whole else model.features
             self.after = None if whole else model.mlp1
             self.frozen = FeatureCache(seen, model.device, keep=recipe.caches_features)
+        self.compiled = recipe.compile
         if recipe.compile:
             compile_layers(model)
 
@@ -52,7 +53,9 @@ class Passes:
         if visual is not None:
             # As model.embed does it with a mask; but a mask's gradient makes the host wait for the GPU, and positions do not.
             embeddings = embeddings.index_copy(0, pack.slots, visual.flatten(0, 1).to(embeddings.dtype))
-        attend = Causal(pack.lengths, self.model.device)
+        attend: Attend = Causal(pack.lengths, self.model.device)
+        if self.compiled:  # the lengths change with every pass: compiled, attention would be compiled anew for each
+            attend = torch.compiler.disable(attend)
         hidden = self.model(embeddings, pack.positions, attend, max(pack.lengths))
         logits = self.model.logits(hidden.index_select(0, pack.predict))
         return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
