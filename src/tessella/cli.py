@@ -252,7 +252,7 @@ class Demo:
     """Drawing style that is only tested."""
     foods: int | None = None
     """Only the first so many foods; default: all."""
-    epochs: float = 3.0
+    epochs: float = 4.0
     """Passes over the pictures."""
     output: Path = Path("runs/demo")
     """Folder of everything the demo makes; a stopped demo goes on there, a finished one is done anew."""

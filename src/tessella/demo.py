@@ -50,7 +50,7 @@ class Plan:
     styles: tuple[str, ...] = ()  # to learn from; (): all but test_style
     test_style: str = STYLES[-1]
     foods: int | None = None  # the first so many; None: all
-    epochs: float = 3.0
+    epochs: float = 4.0
     learning_rate: float = 8e-4
     output: Path = Path("runs/demo")
     fresh: bool = False
@@ -105,7 +105,6 @@ class Plan:
             output=self.output / "training",
             resume=resume,
             evaluate_every=0,
-            augment="light",
             sample_answers=2,
             save_every=100,
             keep=1,
