@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stages 2 and 3 of tessella-nano on one GPU, each under ten minutes: sh recipes/nano/train.sh TOWER PARTS DATA WORK
+# Stages 2 and 3 of tessella-nano on one GPU, meant for ten minutes each, not yet run whole: sh recipes/nano/train.sh TOWER PARTS DATA WORK
 # TOWER: folder of tower.py, or a packed tower (src/tessella/assets/nano/tower.safetensors). PARTS: collect.py. DATA: the tars.
 # TEXT (optional): JSONL of make_text.py. A stage that was stopped goes on when this is run again.
 set -eu

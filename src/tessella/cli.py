@@ -46,8 +46,8 @@ FINETUNE = """Teach a model: LoRA on the language model, the projector trained o
 
 examples:
   tessella finetune --data photos/ --output runs/photos          photos/CLASS/*.jpg
-  tessella finetune recipes/food.toml --epochs 5                 a recipe, with one thing changed
-  tessella finetune recipes/food.toml --resume                   go on after Ctrl-C or a crash
+  tessella finetune recipes/grocery.toml --data grocery/         a recipe, with one thing changed
+  tessella finetune recipes/grocery.toml --resume                go on after Ctrl-C or a crash
   tessella finetune --model ./InternVL2-2B --data sivqa_llava.json --output runs/food
 
 Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""

@@ -117,6 +117,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout"
         )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a model folder holds. Raises CheckpointError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

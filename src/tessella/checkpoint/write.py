@@ -15,7 +15,7 @@ from tessella.checkpoint.folder import MANIFEST, new_folder
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
 from tessella.checkpoint.names import join, official_name, official_shape, our_names
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
-from tessella.config import LanguageConfig, ModelConfig, read_config_json
+from tessella.config import LanguageConfig, ModelConfig, read_config_json, read_json
 from tessella.errors import CheckpointError
 
 SHARD_BYTES = 5 * 10**9  # as the official folders
@@ -127,21 +127,11 @@ def _write_json_files(folder: Path, config: ModelConfig, stored: str, end_ids: S
             raw["llm_config"] = {**base["llm_config"], "tie_word_embeddings": tied}
             raw["tie_word_embeddings"] = tied
         if (base_folder / "generation_config.json").is_file():
-            old = _read_json(base_folder / "generation_config.json")
+            old = read_json(base_folder / "generation_config.json")
     _write_json(folder / "config.json", raw)
     _write_json(folder / "generation_config.json", generation_config(old, end_ids))
     if not (folder / "preprocessor_config.json").is_file():
         _write_json(folder / "preprocessor_config.json", preprocessor_config(config))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, must be an object")
-    return raw
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
