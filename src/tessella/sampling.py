@@ -80,10 +80,10 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
     Ties at the edge of a filter are broken by the order of a stable sort, lower id first.
     """
-    scores = logits.float()
+    # Ranked before the division, which can make a tie of two tiny differences and then strike the likeliest out.
+    ranked, order = logits.float().sort(descending=True, stable=True)
     # The highest becomes 0 before the division: at a tiny temperature the others fall to -inf and nothing overflows.
-    scores = (scores - scores.max()) / params.temperature
-    ranked, order = scores.sort(descending=True, stable=True)
+    ranked = (ranked - ranked[0]) / params.temperature
     if params.top_k:
         ranked, order = ranked[: params.top_k], order[: params.top_k]
     p = ranked.softmax(0)
@@ -93,4 +93,4 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     p = torch.where(keep, p, 0.0)
     if params.min_p > 0:
         p = torch.where(p >= params.min_p * p[0], p, 0.0)
-    return torch.zeros_like(scores).index_copy(0, order, p / p.sum())
+    return torch.zeros_like(logits, dtype=torch.float32).index_copy(0, order, p / p.sum())
