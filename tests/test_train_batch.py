@@ -11,13 +11,15 @@ from PIL import Image
 
 from tessella.chat import Message
 from tessella.checkpoint.read import load
+from tessella.errors import ConfigError
 from tessella.generate import all_logits
 from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.model.attend import Causal, one_row
 from tessella.tokenizer import Tokenizer
 from tessella.train.batch import Steps, order_of, pack, pack_all, plan_passes
 from tessella.train.dataset import Sample
-from tessella.train.features import FeatureCache
+from tessella.train.features import Kept, chosen
+from tessella.train.lora import prepare
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
 from tiny import tiny_config, tiny_folder, tiny_model
@@ -136,18 +138,61 @@ def test_a_step_is_the_same_whoever_makes_it_and_augmented_looks_differ(inputs: 
 
 
 def test_a_feature_is_the_same_in_company_and_kept_within_its_bytes() -> None:
-    calls: list[int] = []
-
-    def compute(tiles: torch.Tensor) -> torch.Tensor:
-        calls.append(len(tiles))
-        return tiles.float().mean(dim=(2, 3))
-
-    cache = FeatureCache(compute, torch.device("cpu"), max_bytes=2 * 3 * 4)
+    calls: list[list[int]] = []
     tiles = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2)
-    first = cache(tiles, ["a", "b", "a", "c"])
-    assert calls == [1, 1, 1] and cache.num_bytes == 24  # "a" once, each tile alone; "c" finds no room
-    again = cache(tiles, ["a", "b", "a", "c"])
-    assert calls == [1, 1, 1, 1] and torch.equal(first, again)
+
+    def compute(places: list[int]) -> torch.Tensor:
+        calls.append(places)
+        return chosen(tiles, places).float().mean(dim=(2, 3))
+
+    kept = Kept(torch.device("cpu"), max_bytes=2 * 3 * 4)
+    first = kept(["a", "b", "a", "c"], compute)
+    assert calls == [[2], [1], [3]] and kept.num_bytes == 24  # "a" once, each tile alone; "c" finds no room
+    again = kept(["a", "b", "a", "c"], compute)
+    assert calls == [[2], [1], [3], [3]] and torch.equal(torch.stack(first), torch.stack(again))
+
+
+def test_a_row_of_a_pack_is_the_row_packed_alone(inputs: Inputs) -> None:
+    rows = rows_of(inputs)
+    together = pack(rows)
+    for index, row in enumerate(rows):
+        one, alone = together.row(index), pack([row])
+        assert (one.lengths, one.digests, one.keys, one.tiles_of) == (alone.lengths, alone.digests, alone.keys, alone.tiles_of)
+        assert all(torch.equal(getattr(one, name), getattr(alone, name)) for name in ("ids", "slots", "positions", "tiles"))
+    assert len({*together.keys}) == len(rows)
+
+
+def test_layers_below_the_first_that_learns_are_run_once_and_change_no_gradient(inputs: Inputs) -> None:
+    packed, found = pack(rows_of(inputs)), []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        model = tiny_model(inputs.config)
+        recipe = Recipe(projector="frozen", lora_layers=1, lora_dropout=0.0, cache_features=cache)
+        names = prepare(model, recipe).parameters
+        passes = Passes(model, recipe)
+        for parameter in names.values():  # B begins at zero, and then A has no gradient
+            parameter.data = torch.randn_like(parameter)
+        losses = [passes.loss(packed) for _ in range(2)]
+        sum(losses).backward()
+        found.append((losses, {name: parameter.grad for name, parameter in names.items()}))
+        assert passes.rows.computed == (len(packed.lengths) if cache else 2 * len(packed.lengths))
+    (kept, kept_gradients), (anew, gradients) = found
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[1], anew[1])
+    assert gradients and all(
+        ".layers.1." in name and torch.equal(kept_gradients[name], value) for name, value in gradients.items()
+    )
+
+
+def test_the_loss_is_the_same_when_the_layers_below_are_kept(inputs: Inputs) -> None:
+    packed, model = pack(rows_of(inputs)), tiny_model(inputs.config)
+    whole = Passes(model, Recipe(projector="frozen")).loss(packed)
+    parted = Passes(model, Recipe(projector="frozen", lora_layers=1)).loss(packed)
+    torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_more_lora_layers_than_there_are_is_refused(inputs: Inputs) -> None:
+    with pytest.raises(ConfigError, match="lora_layers is 3, but the language model has 2 layers"):
+        prepare(tiny_model(inputs.config), Recipe(lora_layers=3))
 
 
 @settings(deadline=None, max_examples=40)  # the machine may be busy

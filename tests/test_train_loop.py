@@ -313,7 +313,7 @@ def test_features_of_a_frozen_tower_are_computed_once(folder: Path, tmp_path: Pa
     monkeypatch.setattr(Passes, "__init__", init)
     cached = train(recipe_of(folder, tmp_path / "a", epochs=5.0), samples=colour_samples())
     uncached = train(recipe_of(folder, tmp_path / "b", epochs=5.0, cache_features=False), samples=colour_samples())
-    assert [passes.frozen.computed for passes in seen] == [12, 60]
+    assert [passes.tiles.computed for passes in seen] == [12, 60]
     assert all(torch.equal(learned(cached)[name], value) for name, value in learned(uncached).items())
 
 

@@ -77,17 +77,21 @@ class LanguageModel(nn.Module):
         """ids (T,) -> embeddings (T, D)."""
         return self.model.embed_tokens(ids)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int, first: int = 0, end: int | None = None
+    ) -> Tensor:
         """embeddings (T, D), positions (T,) within each row -> normed hidden states (T, D).
 
         length: tokens of the longest row when the run is over; it alone decides whether RoPE is stretched, so that a
         cached run and an uncached one turn by the same angles.
+        first, end: run only the layers first <= i < end; embeddings are then the states before layer `first`, and with an end
+        the states before layer `end` come out, not normed.
         """
         turn = rotary(self.config, positions, length, embeddings.dtype)
         x = embeddings
-        for layer in self.model.layers:
+        for layer in self.model.layers[first:end]:
             x = layer(x, turn, attend)
-        return self.model.norm(x)
+        return self.model.norm(x) if end is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (T, D) -> logits (T, V)."""

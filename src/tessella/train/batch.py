@@ -4,6 +4,7 @@ In: samples in the order of the seed.  Out: for each optimizer step its Packs, m
 T tokens of all rows of a pass, L of them learned, S of them visual, N tiles.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -32,6 +33,8 @@ class Pack:
     tiles: Tensor  # (N, 3, S, S) uint8
     digests: tuple[str, ...]  # of each tile
     lengths: tuple[int, ...]  # tokens of each row
+    tiles_of: tuple[int, ...]  # tiles of each row
+    keys: tuple[str, ...]  # of each row: equal for rows that are equal in every token and pixel
 
     def to(self, device: torch.device) -> "Pack":
         """On a device; the tiles stay where they are until somebody asks for them (a frozen tower may not)."""
@@ -41,6 +44,24 @@ class Pack:
     def pin_memory(self) -> "Pack":
         """In page-locked memory, from which a GPU copies while it computes. Called by the DataLoader."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)[:6]})
+
+    def row(self, index: int) -> "Pack":
+        """One row by itself, to be read only: it learns nothing."""
+        start, tile = sum(self.lengths[:index]), sum(self.tiles_of[:index])
+        end, last = start + self.lengths[index], tile + self.tiles_of[index]
+        nothing = self.predict[:0]
+        return Pack(
+            ids=self.ids[start:end],
+            slots=self.slots[(self.slots >= start) & (self.slots < end)] - start,
+            positions=self.positions[start:end],
+            predict=nothing,
+            targets=nothing,
+            tiles=self.tiles[tile:last],
+            digests=self.digests[tile:last],
+            lengths=self.lengths[index : index + 1],
+            tiles_of=self.tiles_of[index : index + 1],
+            keys=self.keys[index : index + 1],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +111,17 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
         tiles=torch.cat([row.tiles for row in rows]),
         digests=tuple(digest for row in rows for digest in row.digests),
         lengths=tuple(len(row) for row in rows),
+        tiles_of=tuple(len(row.tiles) for row in rows),
+        keys=tuple(key_of(row) for row in rows),
     )
+
+
+def key_of(row: ModelInput) -> str:
+    """A hash of a row's tokens and tiles."""
+    digest = hashlib.sha256(row.ids.numpy().tobytes())
+    for tile in row.digests:
+        digest.update(tile.encode())
+    return digest.hexdigest()
 
 
 def pack_all(rows: Sequence[ModelInput], tokens_per_pass: int) -> list[Pack]:

@@ -20,6 +20,7 @@ from tessella.train.recipe import Recipe
 
 PARTS = {"language": "language_model.", "tower": "vision_model.", "projector": "mlp1."}
 NAME = "default"  # PEFT's name of the one adapter; not in the file
+LAYERS = "language_model.model.layers."
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def prepare(model: VisionLanguageModel, recipe: Recipe) -> Taught:
     model.requires_grad_(False)
     targets = []
     if recipe.language == "lora":
-        targets += linear_layers(model, "language_model.model.layers.", recipe.lora_targets, "lora_targets")
+        named = linear_layers(model, LAYERS, recipe.lora_targets, "lora_targets")
+        lowest = lowest_taught(model, recipe)
+        targets += [name for name in named if int(name.removeprefix(LAYERS).split(".")[0]) >= lowest]
     if recipe.tower == "lora":
         targets += linear_layers(model, "vision_model.encoder.layers.", recipe.tower_lora_targets, "tower_lora_targets")
     if targets:
@@ -66,6 +69,18 @@ def prepare(model: VisionLanguageModel, recipe: Recipe) -> Taught:
         model.get_submodule(name).requires_grad_(True)
     learning = {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     return Taught(learning, tuple(whole), bool(targets))
+
+
+def lowest_taught(model: VisionLanguageModel, recipe: Recipe) -> int:
+    """The first layer of the language model that gets LoRA. Raises ConfigError when there are fewer layers than asked for."""
+    layers = model.config.language.num_layers
+    if recipe.lora_layers is None:
+        return 0
+    if recipe.lora_layers > layers:
+        raise ConfigError(
+            f"lora_layers is {recipe.lora_layers}, but the language model has {layers} layers; leave it out for all"
+        )
+    return layers - recipe.lora_layers
 
 
 def linear_layers(model: nn.Module, prefix: str, targets: tuple[str, ...], field: str) -> list[str]:

@@ -19,28 +19,35 @@ from tessella.model.vision_language import VisionLanguageModel
 from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, pack_all
 from tessella.train.dataset import Sample
-from tessella.train.features import FeatureCache
+from tessella.train.features import Kept, chosen
 from tessella.train.limits import Stop
+from tessella.train.lora import lowest_taught
 from tessella.train.recipe import Recipe
 
 MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
 ANSWER_TOKENS = 64
+TILES_AT_ONCE = 64  # on a GPU
 
 
 class Passes:
-    """Runs packs through the model. A frozen tower (and projector) is asked once for each tile."""
+    """Runs packs through the model. Frozen parts are asked once: a tower (and projector) for each tile, and when these are
+    frozen, the layers of the language model below the first one that learns, for each row.
+    """
 
     def __init__(self, model: VisionLanguageModel, recipe: Recipe):
         if model.dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(f"teaching computes in bfloat16 or float32, not in {model.dtype}")
         self.model = model
-        self.frozen: FeatureCache | None = None
-        self.after: Callable[[Tensor], Tensor] | None = None  # what still learns behind the frozen part
+        self.frozen: Callable[[Tensor], Tensor] | None = None  # what is constant of a tile: features, or visual tokens
+        self.after: Callable[[Tensor], Tensor] | None = None  # what still learns behind it
+        still = recipe.tower == recipe.projector == "frozen"
+        self.lowest = lowest_taught(model, recipe) if still and recipe.language == "lora" else 0  # layers that are constant
         if recipe.tower == "frozen":
-            whole = recipe.projector == "frozen"
-            seen = model.visual_tokens if whole else model.features
-            self.after = None if whole else model.mlp1
-            self.frozen = FeatureCache(seen, model.device, keep=recipe.caches_features)
+            self.frozen = model.visual_tokens if still else model.features
+            self.after = None if still else model.mlp1
+        keep, on_cpu = recipe.caches_features, model.device.type == "cpu"
+        self.tiles = Kept(model.device, at_once=1 if on_cpu else TILES_AT_ONCE, keep=keep and not self.lowest)
+        self.rows = Kept(model.device, keep=keep)
         self.compiled = recipe.compile
         if recipe.compile:
             compile_layers(model)
@@ -48,26 +55,43 @@ class Passes:
     def loss(self, pack: Pack) -> Tensor:
         """Cross-entropy summed over the learned tokens of a pack, a scalar; logits are made at these L positions alone."""
         pack = pack.to(self.model.device)
-        embeddings = self.model.language_model.embed(pack.ids)
-        visual = self.see(pack)
-        if visual is not None:
-            # As model.embed does it with a mask; but a mask's gradient makes the host wait for the GPU, and positions do not.
-            embeddings = embeddings.index_copy(0, pack.slots, visual.flatten(0, 1).to(embeddings.dtype))
-        attend: Attend = Causal(pack.lengths, self.model.device)
-        if self.compiled:  # the lengths change with every pass: compiled, attention would be compiled anew for each
-            attend = torch.compiler.disable(attend)
-        hidden = self.model(embeddings, pack.positions, attend, max(pack.lengths))
+        if self.lowest:
+            states = torch.cat(self.rows(pack.keys, lambda places: [self.below(pack.row(place)) for place in places]))
+        else:
+            states = self.embed(pack)
+        hidden = self.model.language_model(states, pack.positions, self.attend(pack), max(pack.lengths), first=self.lowest)
         logits = self.model.logits(hidden.index_select(0, pack.predict))
         return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
+
+    def below(self, pack: Pack) -> Tensor:
+        """The states (T, D) of a pack before the first layer that learns."""
+        longest = max(pack.lengths)
+        return self.model.language_model(self.embed(pack), pack.positions, self.attend(pack), longest, end=self.lowest)
+
+    def embed(self, pack: Pack) -> Tensor:
+        """The embeddings (T, D) of a pack, visual tokens in their slots."""
+        embeddings = self.model.language_model.embed(pack.ids)
+        visual = self.see(pack)
+        if visual is None:
+            return embeddings
+        # As model.embed does it with a mask; but a mask's gradient makes the host wait for the GPU, and positions do not.
+        return embeddings.index_copy(0, pack.slots, visual.flatten(0, 1).to(embeddings.dtype))
+
+    def attend(self, pack: Pack) -> Attend:
+        attend: Attend = Causal(pack.lengths, self.model.device)
+        # The lengths change with every pass: compiled, attention would be compiled anew for each.
+        return torch.compiler.disable(attend) if self.compiled else attend
 
     def see(self, pack: Pack) -> Tensor | None:
         """The visual tokens (N, slots, D) of a pack's tiles, None without tiles."""
         if not len(pack.tiles):
             return None
-        if self.frozen is None:
-            return self.model.visual_tokens(pack.tiles.to(self.model.device, non_blocking=True))
-        features = self.frozen(pack.tiles, pack.digests)
-        return features if self.after is None else self.after(features)
+        device, frozen = self.model.device, self.frozen
+        if frozen is None:
+            return self.model.visual_tokens(pack.tiles.to(device, non_blocking=True))
+        said = self.tiles(pack.digests, lambda some: frozen(chosen(pack.tiles, some).to(device, non_blocking=True)))
+        constant = torch.stack(said)
+        return constant if self.after is None else self.after(constant)
 
 
 def compile_layers(model: VisionLanguageModel) -> None:

@@ -70,6 +70,9 @@ class Recipe:
     """Dropout before the LoRA matrices."""
     lora_targets: tuple[str, ...] = LANGUAGE_TARGETS
     """Linear layers of the language model that get LoRA, by their last name; never the head."""
+    lora_layers: int | None = None
+    """Only the last so many layers of the language model get LoRA; default: all. With tower and projector frozen, what the
+    layers below say of a sample is computed once and kept: with half of the layers a step costs half."""
     tower_lora_targets: tuple[str, ...] = TOWER_TARGETS
     """Linear layers of the tower that get LoRA when tower is "lora"."""
 
@@ -98,7 +101,7 @@ class Recipe:
     augment: Literal["none", "light", "photo"] = "none"
     """Changes of the pictures while training: "light" crop, small turn and colour; "photo" the same and mirror."""
     cache_features: bool = True
-    """Compute the features of a frozen tower once and keep them; off by itself when tower is taught or pictures are augmented."""
+    """Compute what frozen parts say of a sample once and keep it; off when the tower is taught or pictures are augmented."""
     seed: int = 0
     """Seed of order, initial LoRA, dropout, augmentation and the held-out split."""
 
@@ -157,7 +160,7 @@ class Recipe:
 
     @property
     def caches_features(self) -> bool:
-        """True when features are kept: asked for, tower frozen, pictures not augmented."""
+        """True when what frozen parts say is kept: asked for, tower frozen, pictures not augmented."""
         return self.cache_features and self.tower == "frozen" and self.augment == "none"
 
     def settled(self) -> dict[str, Any]:
@@ -212,6 +215,7 @@ RANGES = {
     "max_tiles": Bounds(1, 40),
     "context_tokens": Bounds(16),
     "lora_rank": Bounds(1, 4096),
+    "lora_layers": Bounds(1),
     "lora_alpha": Bounds(0, above=True),
     "lora_dropout": Bounds(0, 0.99),
     "learning_rate": Bounds(0, 1, above=True),
