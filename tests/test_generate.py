@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tessella.chat import Message
 from tessella.checkpoint.read import Loaded, load
-from tessella.generate import _held_back, generate, generate_batch, stream_text
+from tessella.generate import _held_back, generate, generate_batch, stream_text, visual_tokens
+from tessella.inputs import Picture
 from tessella.sampling import SamplingParams
 from tiny import tiny_folder
 
@@ -56,6 +58,17 @@ def test_a_stop_id_ends_a_row_and_is_not_given_out(loaded: Loaded) -> None:
     prompts = [prompt(loaded), prompt(loaded, "a longer prompt than that")]
     rows = generate_batch(loaded.model, prompts, params, (stop,), done.append)
     assert rows[0] == free[: free.index(stop)] and sum(done) == 2
+
+
+def test_equal_tiles_are_seen_once_and_stay_in_their_places(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    red, blue = (Picture(Image.new("RGB", (28, 28), name), max_tiles=1) for name in ("red", "blue"))
+    asked = [loaded.inputs.build([Message("user", "<image>" * len(some))], some) for some in ([red], [blue, red], [red])]
+    seen: list[int] = []
+    plain = loaded.model.visual_tokens
+    monkeypatch.setattr(loaded.model, "visual_tokens", lambda tiles: (seen.append(len(tiles)), plain(tiles))[1])
+    together = visual_tokens(loaded.model, asked)
+    assert seen == [2]
+    torch.testing.assert_close(together, torch.cat([plain(one.tiles) for one in asked]))
 
 
 @pytest.mark.gpu

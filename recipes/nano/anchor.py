@@ -21,6 +21,7 @@ from anchor_data import BATCH, Names, Seen, collect, restore, store
 from torch import Tensor, nn
 
 from tessella.checkpoint.builtin import write_nano
+from tessella.checkpoint.packing import read_packed
 from tessella.checkpoint.read import Loaded, load
 
 PHOTO_WEIGHT = 0.5  # of a photograph's tokens: not all of them lie on what it is called after
@@ -41,7 +42,12 @@ class Aims:
 
     def __call__(self, some: Seen) -> tuple[Tensor, Tensor]:
         """-> aims (B, K, D) and weights (B, K), 0 where a token has none."""
-        kinds = [(self.drawings, some.drawing), (self.colours, some.colour), (self.shapes, some.shape), (self.letters, some.letter)]
+        kinds = [
+            (self.drawings, some.drawing),
+            (self.colours, some.colour),
+            (self.shapes, some.shape),
+            (self.letters, some.letter),
+        ]
         means = [mean_of(rows, labels) for rows, labels in kinds]
         count = torch.stack([weight for _, weight in means]).sum(0)
         aim = torch.stack([aim for aim, _ in means]).sum(0) / count.clamp(min=1)[..., None]
@@ -137,6 +143,7 @@ def main() -> None:
         "--seen": "file of what the tower said; made when it is not there, about 200 KB a picture",
     }.items():
         parser.add_argument(flag, required=True, help=text)
+    parser.add_argument("--lora", help="packed LoRA of an earlier round, to go on from it (assemble.py pack --lora keeps it)")
     parser.add_argument("--styles", default="fluent3d,flat,noto,openmoji")
     parser.add_argument("--pictures", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=3000)
@@ -148,7 +155,8 @@ def main() -> None:
     learn(loaded, seen, names, args.steps)
     state = {name: value.float() for name, value in loaded.model.state_dict().items()}
     tower, projector = ({n: t for n, t in state.items() if n.startswith(p)} for p in ("vision_model.", "mlp1."))
-    print(write_nano(tower, projector, None, Path(args.out), force=True))
+    lora = read_packed(Path(args.lora)) if args.lora else None
+    print(write_nano(tower, projector, lora, Path(args.out), force=True))
 
 
 if __name__ == "__main__":

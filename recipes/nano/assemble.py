@@ -62,7 +62,17 @@ def pack(args: argparse.Namespace) -> None:
     }
     part = {p: {n: t for n, t in state.items() if n.startswith(p)} for p in ("vision_model.", "mlp1.")}
     lora = {n: t for n, t in learned.items() if ".lora_" in n}
+    if args.lora:
+        lora = stacked(read_packed(Path(args.lora)), lora)
     print(write_assets(part["vision_model."], part["mlp1."], lora, Path(args.out)))
+
+
+def stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two changes of the same layers as one of the summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2], exactly."""
+    joined = {**first, **second}
+    for name in first.keys() & second.keys():
+        joined[name] = torch.cat((first[name], second[name]), 0 if name.endswith("lora_A.weight") else 1)
+    return joined
 
 
 def pack_tower(args: argparse.Namespace) -> None:
@@ -74,12 +84,21 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     for deed, flags in (
         (start, {"--tower": "folder of tower.py, or a packed tower", "--parts": "folder of collect.py", "--out": "model folder"}),
-        (pack, {"--model": "folder that was taught", "--adapter": "what it learned", "--out": f"default {ASSETS}"}),
+        (
+            pack,
+            {
+                "--model": "folder that was taught",
+                "--adapter": "what it learned",
+                "--out": f"default {ASSETS}",
+                "--lora": "packed LoRA that the folder was made with and that is to be kept beside the new one; by default none",
+            },
+        ),
         (pack_tower, {"--tower": "folder of tower.py", "--out": "packed file"}),
     ):
         command = commands.add_parser(deed.__name__.replace("_", "-"))
         for flag, text in flags.items():
-            command.add_argument(flag, help=text, required="default" not in text, default=str(ASSETS))
+            default = str(ASSETS) if flag == "--out" else ""
+            command.add_argument(flag, help=text, required="default" not in text, default=default)
         command.set_defaults(deed=deed)
     args = parser.parse_args()
     args.deed(args)

@@ -32,7 +32,8 @@ from PIL import Image
 
 QUALITY = 90  # JPEG
 AS_IT_IS = 0.4  # share of photographs copied as they are; the others are cropped and mirrored
-SPELLED, NONSENSE = 0.15, 0.12  # shares of word samples that ask for letters; whose letters form no word
+MORE_TURNS = 0.4  # share of counted pictures that are also named
+SPELLED, NONSENSE = 0.3, 0.12  # shares of word samples that ask for letters; whose letters form no word
 ZH_SHARE = 0.3
 LISTS = tomllib.loads(Path(__file__).with_name("parts.toml").read_text(encoding="utf-8"))
 ASK: dict[str, list[str]] = LISTS["ask"]
@@ -179,7 +180,8 @@ def count(rng: random.Random, parts: Parts, plain: bool) -> Sample:
     number = rng.randint(1, 5)
     base = rng.randint(34, 64)
     sizes = [max(28, min(70, round(base * rng.uniform(0.85, 1.15)))) for _ in range(number)]
-    if rng.random() < 0.7:
+    named = rng.random() < 0.7
+    if named:
         noun, code = rng.choice(list(_codes(parts.folder).items()))
         drawing = parts.emoji(rng.choice(parts.styles), code)
         cuts = [scaled(drawing, px) for px in sizes]
@@ -196,7 +198,10 @@ def count(rng: random.Random, parts: Parts, plain: bool) -> Sample:
     for cut, box in zip(cuts, boxes, strict=True):
         lay(page, cut, box.x, box.y)
     things = plural(noun) if noun != "scissors" else "pairs of scissors"
-    return drawn(page, (pick(rng, ASK["count"], plain).format(things), str(number)))
+    turns = [(pick(rng, ASK["count"], plain).format(things), str(number))]
+    if named and not plain and rng.random() < MORE_TURNS:  # the picture is paid for: what is counted is named too
+        turns.insert(rng.randint(0, 1), (pick(rng, ASK["emoji"], plain), noun))
+    return drawn(page, *turns)
 
 
 def place(rng: random.Random, parts: Parts, plain: bool) -> Sample:
@@ -224,7 +229,7 @@ def place(rng: random.Random, parts: Parts, plain: bool) -> Sample:
         lay(page, cut, box.x, box.y)
     turns = _places(rng, nouns, across, down, plain)
     rng.shuffle(turns)
-    return drawn(page, *(turns[:1] if plain else turns[: rng.randint(1, 2)]))
+    return drawn(page, *(turns[:1] if plain else turns[: rng.randint(1, 4)]))
 
 
 def _places(rng: random.Random, nouns: list[str], across: float, down: float, plain: bool) -> list[tuple[str, str]]:
@@ -265,7 +270,7 @@ def colour(rng: random.Random, parts: Parts, plain: bool) -> Sample:
         return replace(sample, answers=("grey", "gray")) if tints[0] == "grey" else sample
     turns += [(pick(rng, ASK["shape"], plain).format(t), k) for k, t in zip(kinds, tints, strict=True)]
     rng.shuffle(turns)
-    return drawn(page, *turns[: rng.randint(1, 3)])
+    return drawn(page, *turns[: rng.randint(1, 5)])
 
 
 # ---------------------------------------------------------------- talking

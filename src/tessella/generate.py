@@ -19,11 +19,16 @@ TILES_AT_ONCE = 32  # tiles that run through the tower together; bounds memory, 
 
 
 @torch.inference_mode()
-def visual_tokens(model: VisionLanguageModel, tiles: Tensor) -> Tensor | None:
-    """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D), or None when there is no tile."""
-    if not len(tiles):
+def visual_tokens(model: VisionLanguageModel, inputs: Sequence[ModelInput]) -> Tensor | None:
+    """The visual tokens (N, slots, D) of all tiles in order, None when there is no tile; equal tiles are seen once."""
+    digests = [digest for one in inputs for digest in one.digests]
+    if not digests:
         return None
-    return torch.cat([model.visual_tokens(some.to(model.device)) for some in tiles.split(TILES_AT_ONCE)])
+    places = {digest: place for place, digest in enumerate(digests)}  # of one tile of each kind
+    tiles = torch.cat([one.tiles for one in inputs])[list(places.values())]
+    seen = torch.cat([model.visual_tokens(some.to(model.device)) for some in tiles.split(TILES_AT_ONCE)])
+    number = {digest: row for row, digest in enumerate(places)}
+    return seen[[number[digest] for digest in digests]]
 
 
 @torch.inference_mode()
@@ -31,7 +36,7 @@ def embed(model: VisionLanguageModel, inputs: Sequence[ModelInput]) -> Tensor:
     """The embeddings (T, D) of all rows, pictures in their slots."""
     ids = torch.cat([one.ids for one in inputs]).to(model.device)
     slots = torch.cat([one.slots for one in inputs]).to(model.device)
-    return model.embed(ids, slots, visual_tokens(model, torch.cat([one.tiles for one in inputs])))
+    return model.embed(ids, slots, visual_tokens(model, inputs))
 
 
 @torch.inference_mode()
