@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import fit, is_adapter, merge_adapter, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import is_adapter, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
+from tessella.checkpoint.lowrank import fit, merge_adapter
 from tessella.checkpoint.names import EMBEDDING, HEAD, is_computed, official_name, official_shape, split
 from tessella.checkpoint.weights import Weights, open_weights, some
 from tessella.config import LanguageConfig, ModelConfig, load_config
