@@ -38,9 +38,9 @@ class Pair:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def delta(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """The change of rows begin to end of the weight (O, I), in float32."""
-        return (self.b[begin:end].float() @ self.a.float()) * self.scale
+    def delta(self, begin: int = 0, end: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The change of rows begin to end of the weight (O, I)."""
+        return (self.b[begin:end].to(dtype) @ self.a.to(dtype)) * self.scale
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The merged weight in the weight's own type; a large one in pieces, so that it is never twice in memory in float32."""
