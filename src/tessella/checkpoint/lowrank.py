@@ -15,8 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.names import Group, Layout, as_in_files, as_in_memory, cut_rows, fuse_rows, group_of, group_of_stored
-from tessella.checkpoint.names import row_counts
+from tessella.checkpoint.names import (
+    Group,
+    Layout,
+    as_in_files,
+    as_in_memory,
+    cut_rows,
+    fuse_rows,
+    group_of,
+    group_of_stored,
+    row_counts,
+)
 from tessella.checkpoint.weights import some
 from tessella.config import LanguageConfig
 from tessella.errors import CheckpointError

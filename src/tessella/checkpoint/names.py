@@ -171,7 +171,9 @@ def _find(name: str, table: Mapping[str, Group]) -> Group:
         if cut in table:
             number, leaf = found[2] if found else "", path[len(cut) :]
             group = table[cut]
-            return Group(*(tuple(part.replace("#", number) + leaf for part in side) for side in (group.ours, group.stored)), group.rows)
+            return Group(
+                *(tuple(part.replace("#", number) + leaf for part in side) for side in (group.ours, group.stored)), group.rows
+            )
     return Group((name,), (name,))
 
 

@@ -103,7 +103,9 @@ class Proofs:
         ]
 
     def __str__(self) -> str:
-        return f"{self.tensors}; {self.prompts}; " + (f"{self.logits}" if self.logits else f"logits not run: {self.why_no_logits}")
+        return f"{self.tensors}; {self.prompts}; " + (
+            f"{self.logits}" if self.logits else f"logits not run: {self.why_no_logits}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -168,7 +170,9 @@ def _why_not(a: Source, b: Source, mode: Mode, device: torch.device, differs: bo
 def compare_configs(a: Source, b: Source) -> tuple[tuple[str, ...], int]:
     """The fields that change the arithmetic, the tiles or the prompt -> (those that differ, how many there are)."""
     left, right = _flat(asdict(a.config)), _flat(asdict(b.config))
-    differing = [f"{key} is {left.get(key)} and {right.get(key)}" for key in left.keys() | right.keys() if left.get(key) != right.get(key)]
+    differing = [
+        f"{key} is {left.get(key)} and {right.get(key)}" for key in left.keys() | right.keys() if left.get(key) != right.get(key)
+    ]
     return tuple(sorted(differing)), len(left)
 
 
@@ -231,7 +235,11 @@ def _compare(a: Source, b: Source, name: str, rounding: bool, errors: _Errors) -
         return kind, "", size
     difference = (left.float() - right.float()).abs()
     share = float((left != right).float().mean())
-    return "differing", f"{name} differs in {share:.1%} of its numbers, by up to {float(difference.max()):.2g}{_swapped(b, name, left)}", size
+    return (
+        "differing",
+        f"{name} differs in {share:.1%} of its numbers, by up to {float(difference.max()):.2g}{_swapped(b, name, left)}",
+        size,
+    )
 
 
 def _swapped(b: Source, name: str, left: Tensor) -> str:
@@ -292,7 +300,9 @@ def compare_prompts(a: Source, b: Source) -> PromptProof:
         if texts[0] != texts[1]:
             differing.append(f"prompt {number} differs {_first_difference(*texts)}")
         elif not torch.equal(one.ids, other.ids):
-            differing.append(f"prompt {number} reads the same, but its ids differ {_first_difference(one.ids.tolist(), other.ids.tolist())}")
+            differing.append(
+                f"prompt {number} reads the same, but its ids differ {_first_difference(one.ids.tolist(), other.ids.tolist())}"
+            )
         elif one.digests != other.digests:
             differing.append(f"prompt {number} is cut into other tiles: {len(one.digests)} and {len(other.digests)}")
     if set(left.stop_ids) != set(right.stop_ids):

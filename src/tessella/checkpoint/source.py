@@ -5,7 +5,7 @@ its base; adapters may lie on adapters.  Out: a Source: config, names, shapes, a
 Tensors are read, not mapped (weights.py), so a model of any size passes through a process that stays small.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tessella.checkpoint.adapters import is_adapter, pairs_and_whole, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO
-from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, Pair, attach, combined, fit, layout_of
-from tessella.checkpoint.names import Layout, as_in_files, group_of
-from tessella.checkpoint.read import check_weights, find_model, resolve_head
+from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit, layout_of
+from tessella.checkpoint.names import Layout, group_of
+from tessella.checkpoint.read import check_weights, find_model, names_in, resolve_head
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
 from tessella.config import ModelConfig, is_native, load_config, read_config_json
@@ -53,7 +53,9 @@ class Origin:
             try:
                 text = self.xtuner_config.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{self.xtuner_config} cannot be read as text ({error}); give XTuner's config file") from error
+                raise CheckpointError(
+                    f"{self.xtuner_config} cannot be read as text ({error}); give XTuner's config file"
+                ) from error
             found |= lora_scales(text, str(self.xtuner_config))
         told = {"language": self.lora_alpha, "tower": self.tower_lora_alpha}
         return found | {part: LoraScale(alpha) for part, alpha in told.items() if alpha is not None}
@@ -121,7 +123,8 @@ class Source:
     def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
         """Every parameter, made when its turn to be written has come; dtype None keeps each one's own."""
         return [
-            Entry(name, shape, dtype or self.dtype(name), partial(self.tensor, name, dtype)) for name, shape in self.shapes.items()
+            Entry(name, shape, dtype or self.dtype(name), partial(self.tensor, name, dtype))
+            for name, shape in self.shapes.items()
         ]
 
     def num_bytes(self) -> int:
@@ -228,11 +231,10 @@ def _open_model(path: Path, kind: Kind, name: str) -> Source:
 
 
 def _source(path: Path, kind: Kind, layout: Layout, weights: Weights, base: str) -> Source:
-    config = resolve_head(load_config(path), weights)
+    config = resolve_head(load_config(path), weights, layout)
     shapes = {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
-    if layout == "native":
-        weights = weights.select({as_in_files(name): name for name in weights.files})
-    check_weights(weights, shapes, config.language, layout)
+    check_weights(weights, shapes, layout, config.language)
+    weights = weights.select(names_in(weights, layout))
     return Source(path, kind, path, layout, config, weights, None, (path,), base, shapes)
 
 
@@ -265,5 +267,3 @@ def file_state(source: Source) -> list[Any]:
     for place in source.places:
         files += [place] if place.is_file() else sorted(one for one in place.rglob("*") if one.is_file())
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-

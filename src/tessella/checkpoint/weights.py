@@ -74,7 +74,9 @@ class Weights:
             while done < len(block):  # one read gives at most 2 GiB
                 got = file.readinto(block[done:])
                 if not got:
-                    raise CheckpointError(f"{self.files[name]} ends within {name}; it was changed meanwhile: fetch or write it again")
+                    raise CheckpointError(
+                        f"{self.files[name]} ends within {name}; it was changed meanwhile: fetch or write it again"
+                    )
                 done += got
         return raw.view(self.dtypes[name]).reshape(self.shapes[name])
 

@@ -86,7 +86,9 @@ def read_xtuner(path: Path, scales: Mapping[str, LoraScale]) -> Adapter:
             )
         told = scales[part]
         if told.rank is not None and told.rank != a.shape[0]:
-            raise CheckpointError(f"{module}: the config says rank {told.rank}, {path} holds {a.shape[0]}; give the run's own config")
+            raise CheckpointError(
+                f"{module}: the config says rank {told.rank}, {path} holds {a.shape[0]}; give the run's own config"
+            )
         return told.alpha / a.shape[0]
 
     pairs, whole = pairs_and_whole(tensors, scale, path)
@@ -110,7 +112,9 @@ def _file_of(path: Path) -> Path:
         )
     files = sorted(path.glob(STATES))
     if len(files) != 1:
-        raise CheckpointError(f"{path} holds {len(files)} parts of a model that was split between GPUs; we read one: train with tp 1")
+        raise CheckpointError(
+            f"{path} holds {len(files)} parts of a model that was split between GPUs; we read one: train with tp 1"
+        )
     return files[0]
 
 
@@ -128,7 +132,9 @@ def _load(path: Path) -> Mapping[str, Any]:
                 )
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as a pickle of tensors ({str(error).splitlines()[0]}); it was not run") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a pickle of tensors ({str(error).splitlines()[0]}); it was not run"
+        ) from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, must be a dict of tensors")
     return found
