@@ -23,7 +23,7 @@ from tessella.checkpoint.names import Layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
 from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
 from tessella.checkpoint.weights import Entry, some
-from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_model
+from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_official
 from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs
 from tessella.model.device import DTYPES, choose_device
@@ -76,6 +76,15 @@ class ConvertResult:
     num_bytes: int
     proof: Proofs
     seconds: float
+
+    @property
+    def about(self) -> str:
+        """What was done, in a line."""
+        taught = f"{self.merged_pairs} low-rank layers and {self.replaced_tensors} whole tensors "
+        if self.to == "adapter":
+            return f"{taught}as an adapter, {self.num_bytes / 1e6:,.1f} MB"
+        merged = f", {taught}merged" if self.merged_pairs or self.replaced_tensors else ""
+        return f"{KINDS[self.kind]} -> {KINDS[self.to]}{merged}, {self.num_bytes / 1e9:,.2f} GB in {self.stored}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for --json."""
@@ -147,11 +156,10 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         proof.require(f"{source.path} as {KINDS[layout]}")
         proofs.append(proof)
 
-    write_model(
+    write_official(
         entries,
         out,
         source.config,
-        layout=layout,
         end_ids=Inputs(source.config, Tokenizer.load(source.folder)).stop_ids,
         base_folder=source.folder,
         shard_bytes=wish.shard_bytes,
@@ -172,7 +180,7 @@ def plan_of(source: Source, wish: Wish) -> str:
 def _write_adapter(
     source: Source, out: Path, wish: Wish, told_base: str | None, device: torch.device
 ) -> tuple[Proofs, list[Entry]]:
-    """The adapter of a source alone. What a LoRA training checkpoint holds beside it goes to OUT/base, unless it is told a base."""
+    """The adapter of a source alone. What a LoRA training checkpoint holds beside it goes to OUT/base, unless a base is told."""
     if source.adapter is None:
         raise CheckpointError(f"{source.path} is {KINDS[source.kind]} and holds no adapter; say --to official or --to native")
     plain = replace(source, adapter=None, _last={})

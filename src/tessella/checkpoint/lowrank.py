@@ -31,8 +31,10 @@ from tessella.config import LanguageConfig
 from tessella.errors import CheckpointError
 
 CHUNK_NUMBERS = 2**24  # numbers of a weight that are widened to float32 at once: 64 MiB
-NATIVE_BEGINNINGS = ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
-NATIVE_BEGINNINGS += ("vision_tower.", "multi_modal_projector.", "lm_head.")
+NATIVE_BEGINNINGS = (
+    *("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),  # in memory
+    *("vision_tower.", "multi_modal_projector.", "lm_head."),  # in files
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def layout_of(names: Iterable[str], where: Path) -> Layout:
     official = [name for name in names if f"{name}.".startswith(("vision_model.", "mlp1."))]
     if native and official:
         raise CheckpointError(
-            f"{where} mixes two layouts: {official[0]} is an official name, {native[0]} a native one; write it again with one tool"
+            f"{where} mixes two layouts: {official[0]} is an official name, {native[0]} a native one; "
+            "write it again with one tool"
         )
     return "native" if native else "official"
 
@@ -187,7 +190,9 @@ def _require_rows(parts: Sequence[Pair | None], counts: Sequence[int], names: Se
 
 
 def _check(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    wanted = {f"{name}.weight": (pair.b.shape[0], pair.a.shape[1]) for name, pair in adapter.pairs.items()}
+    wanted: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (pair.b.shape[0], pair.a.shape[1]) for name, pair in adapter.pairs.items()
+    }
     wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
     lost = [name for name in wanted if name not in shapes]
     if lost:

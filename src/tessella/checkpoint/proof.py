@@ -84,17 +84,17 @@ class Proofs:
 
     @property
     def holds(self) -> bool:
-        return all(equal for _, _, equal in self.rows())
+        return all(equal is not False for _, _, equal in self.rows())
 
     @property
     def largest_difference(self) -> float:
         """Of the logits; 0 when they cannot differ because nothing does."""
         return 0.0 if self.logits is None else self.logits.largest_difference
 
-    def rows(self) -> list[tuple[str, str, bool]]:
-        """(what was compared, what came out, whether it is equal), for a table."""
+    def rows(self) -> list[tuple[str, str, bool | None]]:
+        """(what was compared, what came out, whether it is equal, or None when it was not compared), for a table."""
         config = "; ".join(self.config) if self.config else f"{self.fields} fields"
-        logits = (f"not run: {self.why_no_logits}", True) if self.logits is None else (str(self.logits), self.logits.holds)
+        logits = (f"not run: {self.why_no_logits}", None) if self.logits is None else (str(self.logits), self.logits.holds)
         return [
             ("config", config, not self.config),
             ("tensors", str(self.tensors), not self.tensors.differing and not self.tensors.drowned),
@@ -119,16 +119,16 @@ class Proofs:
 
     def require(self, what: str) -> None:
         """Raises CheckpointError with what differs unless all is equal."""
-        if self.tensors.drowned:
+        if self.tensors.drowned and not self.tensors.differing:
             raise CheckpointError(
-                f"{what} loses the adapter: merging rounds the weights by {self.tensors.difference_rms:.2g} (root mean square), and "
-                f"the adapter itself changes them by only {self.tensors.effect_rms:.2g}; it was not kept. Teach longer, or convert "
-                "in float32 (--dtype float32)"
+                f"{what} loses the adapter: merging rounds the weights by {self.tensors.difference_rms:.2g} (root mean square), "
+                f"and the adapter itself changes them by only {self.tensors.effect_rms:.2g}; it was not kept. Teach longer, or "
+                "convert in float32 (--dtype float32)"
             )
         for name, told, equal in self.rows():
             if name == "logits" and self.logits is not None:
                 self.logits.require(what)
-            if not equal:
+            if equal is False:
                 raise CheckpointError(f"{what} is not the same model as before: {name}: {told}; it was not kept")
 
 
@@ -159,10 +159,11 @@ def _why_not(a: Source, b: Source, mode: Mode, device: torch.device, differs: bo
         return "weights, config and prompts are equal, so logits are too (--proof logits runs the models all the same)"
     need = 4 * sum(reduce(mul, shape, 1) for shape in a.shapes.values())
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if need > min(LOGITS_BYTES, 0.8 * room):
+    limit = min(LOGITS_BYTES, 0.8 * room)
+    if need > limit:
         return (
-            f"in float32 the model is {need / 2**30:.1f} GiB, and unasked at most {min(LOGITS_BYTES, 0.8 * room) / 2**30:.1f} GiB "
-            "are run; --proof logits runs it all the same"
+            f"in float32 the model is {need / 2**30:.1f} GiB, and unasked at most {limit / 2**30:.1f} GiB are run; "
+            "--proof logits runs it all the same"
         )
     return ""
 

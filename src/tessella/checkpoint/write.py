@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tessella.checkpoint.folder import MANIFEST, new_folder
+from tessella.checkpoint.folder import MANIFEST, finished_files, new_folder, note_finished
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
 from tessella.checkpoint.names import join, official_name, official_shape, our_names
+from tessella.checkpoint.progress import byte_bar
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
 from tessella.config import LanguageConfig, ModelConfig, read_config_json, read_json
 from tessella.errors import CheckpointError
@@ -35,6 +36,7 @@ def write_official(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    plan: str | None = None,
 ) -> Path:
     """Write an official folder.
 
@@ -42,6 +44,7 @@ def write_official(
     base_folder: its config.json is kept but for what we changed, its tokenizer and *.py are carried over untouched.
     files: further text files by name, as {"tokenizer.json": …}; at least a tokenizer when there is no base_folder.
     check: called with the folder while it still lies aside; what it raises leaves nothing behind.
+    plan: see new_folder; shards that a stopped run with this plan finished are not written again.
     Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written.
     """
     entries = _entries(parameters, config.language)
@@ -49,20 +52,29 @@ def write_official(
     num_bytes = sum(entry.num_bytes for entry in entries)
     side_bytes = sum(path.stat().st_size for path in side_files(base_folder)) if base_folder else 0
     hashes: dict[str, str] = {}
-    with new_folder(folder, num_bytes=num_bytes + side_bytes, force=force, known_hashes=hashes) as aside:
+    with new_folder(folder, num_bytes=num_bytes + side_bytes, force=force, known_hashes=hashes, plan=plan) as aside:
+        hashes |= finished_files(aside)
         for path in side_files(base_folder) if base_folder else ():
             shutil.copyfile(path, aside / path.name)
         for name, text in (files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json_files(aside, config, dtype_name(entries), end_ids, base_folder)
-        for name, part in shards.items():
-            hashes[name] = write_file(aside / name, part)
+        _write_shards(aside, shards, hashes)
         if len(shards) > 1:
             weight_map = {entry.name: name for name, part in shards.items() for entry in part}
             _write_json(aside / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         if check is not None:
             check(aside)
     return folder
+
+
+def _write_shards(folder: Path, shards: Mapping[str, Sequence[Entry]], hashes: dict[str, str]) -> None:
+    """Write the shards that hashes does not hold yet, noting each in it and in the folder as it is done."""
+    missing = {name: part for name, part in shards.items() if name not in hashes}
+    with byte_bar("writing", sum(entry.num_bytes for part in missing.values() for entry in part)) as advance:
+        for name, part in missing.items():
+            hashes[name] = write_file(folder / name, part, advance)
+            note_finished(folder, name, hashes[name])
 
 
 def side_files(folder: Path) -> list[Path]:
