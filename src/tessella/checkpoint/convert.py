@@ -23,7 +23,7 @@ from tessella.checkpoint.names import Layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
 from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
 from tessella.checkpoint.weights import Entry, some
-from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_official
+from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_model
 from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs
 from tessella.model.device import DTYPES, choose_device
@@ -156,10 +156,11 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         proof.require(f"{source.path} as {KINDS[layout]}")
         proofs.append(proof)
 
-    write_official(
+    write_model(
         entries,
         out,
         source.config,
+        layout=layout,
         end_ids=Inputs(source.config, Tokenizer.load(source.folder)).stop_ids,
         base_folder=source.folder,
         shard_bytes=wish.shard_bytes,

@@ -75,7 +75,9 @@ def finished_files(aside: Path) -> dict[str, str]:
         if path.is_file() and path.stat().st_size == size and sha256_of(path) == digest:
             whole[name] = digest
     for path in aside.iterdir():
-        if path.name not in whole and path.name != UNFINISHED:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in whole and path.name != UNFINISHED:
             path.unlink()
     return whole
 

@@ -34,6 +34,7 @@ KINDS: dict[Kind, str] = {
     "lora": "a LoRA training checkpoint of the official code",
     "xtuner": "a checkpoint of XTuner",
 }
+REMEMBERED_BYTES = 2**28  # a larger tensor is read again rather than kept
 ALPHA_PER_RANK = 2.0  # the official training code wraps with lora_alpha = 2 r, and stores r alone
 
 
@@ -75,7 +76,7 @@ class Source:
     places: tuple[Path, ...]  # everything that is read from, which must not be written to
     base: str  # what an adapter of this source is taught on, as a person would name it
     shapes: dict[str, tuple[int, ...]]
-    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the parts of the fused tensor that was read last
+    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what was read last
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes that parameter."""
@@ -91,9 +92,9 @@ class Source:
             group = group_of(name, self.layout, self.config.language)
             parts = group.to_ours([self.weights.read(stored) for stored in group.stored], self.config.language)
             self._last.clear()
-            if len(parts) == 1:
+            if sum(part.numel() * part.itemsize for part in parts.values()) > REMEMBERED_BYTES:
                 return parts[name]
-            self._last.update(parts)
+            self._last.update(parts)  # what is stored together here is asked for part after part, and the other way round
         return self._last[name]
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
