@@ -228,12 +228,14 @@ class Verify:
     b: Annotated[Positional[str], arg(metavar="B", help="Another.")]
     proof: Literal["auto", "tensors", "logits"] = "auto"
     """tensors never runs the models, logits always does."""
+    engines: str = ""
+    """Other engines that answer from B with their own code; "transformers" can be asked."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
         from tessella.verification import verify  # torch
 
-        return verify(self.a, self.b, self.proof, self.place.device)
+        return verify(self.a, self.b, self.proof, self.place.device, self.engines)
 
 
 @dataclass(frozen=True)
