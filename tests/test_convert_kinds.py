@@ -1,0 +1,414 @@
+"""Every kind of IN into every layout: what comes out is the same model, and the way back gives the same bytes.
+
+The oracles: PEFT on transformers' own class and on a stand-in with the official module names, and loops written here.
+"""
+
+import io
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tiny
+from tessella.checkpoint.adapters import AdapterSettings, read_adapter, save_adapter
+from tessella.checkpoint.convert import Wish, convert
+from tessella.checkpoint.proof import prove
+from tessella.checkpoint.read import load, load_model
+from tessella.checkpoint.source import Origin, Source, kind_of, open_source
+from tessella.checkpoint.verify import logits_on, probes
+from tessella.checkpoint.xtuner import lora_scales
+from tessella.errors import CheckpointError, ConfigError
+from tessella.model.vision_language import VisionLanguageModel
+
+INTERNLM2, LLAMA, QWEN2, PHI3 = "InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"
+RANK, ALPHA = 4, 8
+INNER = "base_model.model."  # what PEFT puts before a module's name
+
+
+def random_pairs(model: VisionLanguageModel, *, heads: bool = False, tower: bool = False, seed: int = 1) -> dict[str, Tensor]:
+    """A random LoRA under our names on the decoder's linear layers, the head and the tower if asked."""
+    chance = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, weight in model.named_parameters():
+        is_layer = name.startswith("language_model.model.layers") and name.endswith("proj.weight")
+        is_head = heads and name == "language_model.lm_head.weight"
+        is_tower = (
+            tower and name.startswith("vision_model.encoder") and name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))
+        )
+        if is_layer or is_head or is_tower:
+            module = name.removesuffix(".weight")
+            state[f"{module}.lora_A.weight"] = torch.randn(RANK, weight.shape[1], generator=chance) / 8
+            state[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], RANK, generator=chance) / 8
+    return state
+
+
+def official_pairs(base: Path, *, tower: bool = True, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A random LoRA on every linear layer of an official folder, the head included, under the names that stand there."""
+    chance = torch.Generator().manual_seed(2)
+    state = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        in_decoder = name.startswith("language_model.") and (
+            "layers" in name or name.endswith(("output.weight", "lm_head.weight"))
+        )
+        in_tower = tower and ".encoder." in name
+        if weight.dim() == 2 and (in_decoder or in_tower) and not name.endswith(skip):
+            module = name.removesuffix(".weight")
+            state[f"{module}.lora_A"] = torch.randn(RANK, weight.shape[1], generator=chance) / 8
+            state[f"{module}.lora_B"] = torch.randn(weight.shape[0], RANK, generator=chance) / 8
+    return state
+
+
+def merged_by_hand(base: Path, pairs: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The official tensors with the pairs added, by a loop."""
+    state = load_file(base / "model.safetensors")
+    for name in [name for name in pairs if name.endswith("lora_A")]:
+        module = name.removesuffix(".lora_A")
+        state[f"{module}.weight"] = state[f"{module}.weight"] + scale * pairs[f"{module}.lora_B"] @ pairs[name]
+    return state
+
+
+def require_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5, rtol=0), name
+
+
+def logits_of(source: Source) -> list[Tensor]:
+    loaded = load(source.folder, dtype="float32", device="cpu")
+    return logits_on(source.model(torch.device("cpu")), probes(loaded.inputs))
+
+
+@pytest.fixture
+def internlm2(tmp_path: Path) -> Path:
+    return tiny.tiny_folder(tmp_path / "base", INTERNLM2)
+
+
+@pytest.mark.parametrize("architecture", [INTERNLM2, QWEN2])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_official_to_native_and_back_gives_the_same_bytes(tmp_path: Path, architecture: str, sharded: bool) -> None:
+    base = tiny.tiny_folder(tmp_path / "base", architecture, dtype=torch.bfloat16, sharded=sharded)
+    there = convert(base, tmp_path / "native", Wish(to="native"))
+    back = convert(tmp_path / "native", tmp_path / "back", Wish(to="official"))
+    assert there.kind == "official" and back.kind == "native" and there.proof.holds and back.proof.holds
+    assert there.proof.logits is None and there.proof.tensors.equal == len(open_source(base).shapes)
+    was = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    now = load_file(tmp_path / "back" / "model.safetensors")
+    assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_an_adapter_merges_into_both_layouts_alike(internlm2: Path, tmp_path: Path) -> None:
+    state = random_pairs(load_model(internlm2)[0], heads=True, tower=True)
+    save_adapter(tmp_path / "adapter", state, AdapterSettings(str(internlm2), RANK, ALPHA))
+    official = convert(tmp_path / "adapter", tmp_path / "official")
+    native = convert(tmp_path / "adapter", tmp_path / "native", Wish(to="native"))
+    assert official.proof.tensors.merged == native.proof.tensors.merged == len(state) // 2
+    assert official.proof.logits is not None and official.proof.logits.largest_difference < 1e-4
+    assert prove(open_source(tmp_path / "official"), open_source(tmp_path / "native"), mode="logits").holds
+
+
+@pytest.mark.parametrize("architecture", [INTERNLM2, PHI3, QWEN2])
+@pytest.mark.parametrize("names", ["official", "native"])
+def test_an_adapter_keeps_its_effect_under_other_names_and_back(tmp_path: Path, architecture: str, names: Any) -> None:
+    base = tiny.tiny_folder(tmp_path / "base", architecture)
+    model = load_model(base)[0]
+    state = random_pairs(model, heads=True, tower=True)
+    del state["language_model.model.layers.0.self_attn.k_proj.lora_A.weight"]  # a part that was not taught
+    del state["language_model.model.layers.0.self_attn.k_proj.lora_B.weight"]
+    state |= {name: weight + 0.05 for name, weight in model.mlp1.named_parameters(prefix="mlp1")}
+    save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA, modules_to_save=("mlp1",)))
+    there = convert(tmp_path / "adapter", tmp_path / "there", Wish(to="adapter", names=names))
+    back = convert(tmp_path / "there", tmp_path / "back", Wish(to="adapter", names="ours"))
+    assert there.proof.holds and back.proof.holds and there.proof.tensors.merged == there.merged_pairs + there.replaced_tensors
+    again = prove(open_source(tmp_path / "adapter"), open_source(tmp_path / "back"), mode="logits")
+    assert again.holds and again.largest_difference < 1e-4
+    merged = [convert(tmp_path / name, tmp_path / f"{name}-merged").folder / "model.safetensors" for name in ("adapter", "there")]
+    require_equal(*(load_file(file) for file in merged))
+
+
+def test_parts_with_one_a_are_joined_at_their_own_rank_and_others_by_widening(internlm2: Path, tmp_path: Path) -> None:
+    state = random_pairs(load_model(internlm2)[0])
+    shared = "language_model.model.layers.1.self_attn"
+    for part in ("k", "v"):
+        state[f"{shared}.{part}_proj.lora_A.weight"] = state[f"{shared}.q_proj.lora_A.weight"].clone()
+    save_adapter(tmp_path / "adapter", state, AdapterSettings(str(internlm2), RANK, ALPHA))
+    convert(tmp_path / "adapter", tmp_path / "out", Wish(to="adapter", names="official"))
+    pairs = read_adapter(tmp_path / "out").pairs
+    assert pairs["language_model.model.layers.1.attention.wqkv"].rank == RANK
+    assert pairs["language_model.model.layers.0.attention.wqkv"].rank == 3 * RANK
+    raw = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert raw["rank_pattern"] == {"language_model.model.layers.0.attention.wqkv": 3 * RANK} and raw["r"] == RANK
+
+
+def test_peft_on_transformers_own_class_answers_like_us(internlm2: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle of this test; it is in the train extra")
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test; it is in the test extra")
+    model = load_model(internlm2)[0]
+    state = random_pairs(model, heads=True, tower=True)
+    state |= {name: weight + 0.05 for name, weight in model.mlp1.named_parameters(prefix="mlp1")}
+    save_adapter(tmp_path / "adapter", state, AdapterSettings(str(internlm2), RANK, ALPHA, modules_to_save=("mlp1",)))
+    convert(internlm2, tmp_path / "native", Wish(to="native"))
+    convert(tmp_path / "adapter", tmp_path / "theirs", Wish(to="adapter", names="native"), Origin(str(tmp_path / "native")))
+    theirs = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path / "native", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "theirs").eval()
+    source = open_source(tmp_path / "adapter")
+    prompts = probes(load(internlm2, dtype="float32", device="cpu").inputs)
+    for prompt, wanted in zip(prompts, logits_of(source), strict=True):
+        mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        pixels = (prompt.tiles.float() / 255 - mean) / std if len(prompt.tiles) else None
+        with torch.inference_mode():
+            found = theirs(input_ids=prompt.ids[None], pixel_values=pixels).logits[0]
+        assert torch.allclose(found, wanted, atol=1e-4, rtol=0)
+
+
+def training_checkpoint(base: Path, place: Path, pairs: dict[str, Tensor], *, tower: bool) -> Path:
+    """What the official code saves while it trains with LoRA: PEFT's names inside the model's own."""
+    state = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        wrapped = name.startswith("language_model.") or (tower and name.startswith("vision_model."))
+        part, _, rest = name.partition(".")
+        taught = f"{name.removesuffix('.weight')}.lora_A" in pairs
+        new = f"{part}.{INNER}{rest}" if wrapped else name
+        state[new.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias") if taught else new] = tensor
+        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.lora_A" in pairs:
+            state[new.replace(".bias", ".base_layer.bias")] = state.pop(new)
+    for name, tensor in pairs.items():
+        part, _, rest = name.partition(".")
+        state[f"{part}.{INNER}{rest}.default.weight"] = tensor
+    place.mkdir()
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            (place / file.name).write_bytes(file.read_bytes())
+    raw = {**json.loads((base / "config.json").read_text()), "use_llm_lora": RANK, "use_backbone_lora": RANK if tower else 0}
+    (place / "config.json").write_text(json.dumps(raw))
+    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_an_official_training_checkpoint_is_merged_and_split(internlm2: Path, tmp_path: Path, tower: bool) -> None:
+    pairs = official_pairs(internlm2, tower=tower, skip=("output.weight",))
+    checkpoint = training_checkpoint(internlm2, tmp_path / "checkpoint", pairs, tower=tower)
+    assert kind_of(checkpoint) == "lora"
+    merged = convert(checkpoint, tmp_path / "merged")
+    require_equal(load_file(merged.folder / "model.safetensors"), merged_by_hand(internlm2, pairs, 2.0))
+    raw = json.loads((merged.folder / "config.json").read_text())
+    assert raw["use_llm_lora"] == raw["use_backbone_lora"] == 0
+    split = convert(checkpoint, tmp_path / "split", Wish(to="adapter"))
+    assert split.proof.holds
+    was, now = load_file(internlm2 / "model.safetensors"), load_file(tmp_path / "split" / "base" / "model.safetensors")
+    assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was)
+    assert prove(open_source(tmp_path / "split"), open_source(checkpoint), mode="tensors").holds
+    assert load(tmp_path / "split", device="cpu").folder == tmp_path / "split" / "base"  # the adapter finds its base by itself
+    beside = convert(checkpoint, tmp_path / "beside", Wish(to="adapter"), Origin(str(internlm2)))
+    assert beside.proof.holds and not (tmp_path / "beside" / "base").exists()
+
+
+def test_a_training_checkpoint_of_another_base_or_rank_is_told(internlm2: Path, tmp_path: Path) -> None:
+    pairs = official_pairs(internlm2, tower=False)
+    checkpoint = training_checkpoint(internlm2, tmp_path / "checkpoint", pairs, tower=False)
+    other = tiny.tiny_folder(tmp_path / "other", INTERNLM2, seed=5)
+    with pytest.raises(CheckpointError, match="is not the base of"):
+        convert(checkpoint, tmp_path / "out", Wish(to="adapter"), Origin(str(other)))
+    raw = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**raw, "use_llm_lora": 16}))
+    with pytest.raises(CheckpointError, match="use_llm_lora 16"):
+        convert(checkpoint, tmp_path / "out")
+
+
+def test_an_adapter_on_an_adapter_merges_and_becomes_one(internlm2: Path, tmp_path: Path) -> None:
+    model = load_model(internlm2)[0]
+    first = random_pairs(model, seed=1) | {name: weight + 0.1 for name, weight in model.mlp1.named_parameters(prefix="mlp1")}
+    save_adapter(tmp_path / "first", first, AdapterSettings(str(internlm2), RANK, ALPHA, modules_to_save=("mlp1",)))
+    second = random_pairs(model, seed=2, tower=True)
+    save_adapter(tmp_path / "second", second, AdapterSettings(str(tmp_path / "first"), RANK, 12))
+    convert(tmp_path / "first", tmp_path / "stage-1")
+    convert(tmp_path / "second", tmp_path / "stage-2", origin=Origin(str(tmp_path / "stage-1")))
+    convert(tmp_path / "second", tmp_path / "at-once")
+    one = convert(tmp_path / "second", tmp_path / "one", Wish(to="adapter"))
+    assert one.proof.holds and read_adapter(tmp_path / "one").base == str(internlm2)
+    convert(tmp_path / "one", tmp_path / "from-one")
+    wanted = load_file(tmp_path / "stage-2" / "model.safetensors")
+    require_equal(load_file(tmp_path / "at-once" / "model.safetensors"), wanted)
+    require_equal(load_file(tmp_path / "from-one" / "model.safetensors"), wanted)
+
+
+def test_an_adapter_that_is_over_its_bases_its_own_base_is_told(internlm2: Path, tmp_path: Path) -> None:
+    state = random_pairs(load_model(internlm2)[0])
+    save_adapter(tmp_path / "first", state, AdapterSettings(str(tmp_path / "second"), RANK, ALPHA))
+    save_adapter(tmp_path / "second", state, AdapterSettings(str(tmp_path / "first"), RANK, ALPHA))
+    with pytest.raises(CheckpointError, match="its own base"):
+        convert(tmp_path / "first", tmp_path / "out")
+
+
+# ---- XTuner
+
+XTUNER_CONFIG = """
+from peft import LoraConfig
+raise SystemExit('this text must never run')
+lora_r = 4
+model = dict(
+    type=InternVL_V1_5,
+    model_path='./InternVL2-2B',
+    freeze_llm=True,
+    llm_lora=dict(type=LoraConfig, r=lora_r, lora_alpha=8, lora_dropout=0.05, target_modules=None, task_type='CAUSAL_LM'),
+    visual_encoder_lora=dict(type=LoraConfig, r=4, lora_alpha=16, target_modules=['attn.qkv']))
+"""
+
+
+BUFFER_MODULE = "mmengine.logging.history_buffer"
+
+
+def message_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The logger's part of a checkpoint, under the names that mmengine gives it, with its own methods in its state."""
+
+    def mean(self: Any) -> float:
+        return float(self.log_history.mean())
+
+    def state_of(self: Any) -> dict[str, Any]:
+        return {"log_history": np.array([1.5, 2.5]), "statistics_methods": {"mean": type(self).mean}}
+
+    mean.__qualname__, mean.__module__ = "HistoryBuffer.mean", BUFFER_MODULE
+    buffer = type("HistoryBuffer", (), {"__module__": BUFFER_MODULE, "mean": mean, "__getstate__": state_of})
+    for name in ("mmengine", "mmengine.logging", BUFFER_MODULE):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules[BUFFER_MODULE], "HistoryBuffer", buffer, raising=False)
+    return {"log_scalars": {"loss": buffer()}, "runtime_info": {"lr": np.float64(3e-5)}}
+
+
+def xtuner_state(pairs: dict[str, Tensor], base: Path) -> dict[str, Tensor]:
+    """What XTuner saves of a model: the pairs and all of the projector."""
+    state = {}
+    for name, tensor in pairs.items():
+        part, _, rest = name.partition(".")
+        state[f"model.{part}.{INNER}{rest}.default.weight"] = tensor
+    return state | {f"model.{n}": t + 0.05 for n, t in load_file(base / "model.safetensors").items() if n.startswith("mlp1.")}
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_xtuners_pth_is_merged_like_by_hand(
+    internlm2: Path, tmp_path: Path, as_folder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = official_pairs(internlm2)
+    assert any(name.startswith("language_model.output") for name in pairs)  # XTuner adapts the head, too
+    saved = {"meta": {"seed": None}, "message_hub": message_hub(monkeypatch), "param_schedulers": [{"last_step": 640}]}
+    path = tmp_path / "iter_640.pth"
+    if as_folder:
+        path.mkdir()
+        torch.save({**saved, "module": xtuner_state(pairs, internlm2), "ds_version": "0.15"}, path / "mp_rank_00_model_states.pt")
+    else:
+        torch.save({**saved, "state_dict": xtuner_state(pairs, internlm2)}, path)
+    (tmp_path / "config.py").write_text(XTUNER_CONFIG)
+    result = convert(path, tmp_path / "out", origin=Origin(str(internlm2), xtuner_config=tmp_path / "config.py"))
+    assert result.kind == "xtuner" and result.proof.holds
+    tower = {name: tensor for name, tensor in pairs.items() if name.startswith("vision_model.")}
+    language = {name: tensor for name, tensor in pairs.items() if name not in tower}
+    wanted = merged_by_hand(internlm2, language, 8 / 4)
+    wanted |= {n: t for n, t in merged_by_hand(internlm2, tower, 16 / 4).items() if n.startswith("vision_model.")}
+    wanted |= {name: tensor + 0.05 for name, tensor in wanted.items() if name.startswith("mlp1.")}
+    require_equal(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+    by_flag = Origin(str(internlm2), lora_alpha=8, tower_lora_alpha=16)
+    adapter = convert(path, tmp_path / "adapter", Wish(to="adapter", names="official"), by_flag)
+    assert adapter.proof.holds and read_adapter(tmp_path / "adapter").base == str(internlm2)
+    assert prove(open_source(tmp_path / "adapter"), open_source(tmp_path / "out"), mode="tensors").holds
+
+
+def test_the_config_is_read_as_text_and_never_run() -> None:
+    scales = lora_scales(XTUNER_CONFIG, "config.py")
+    assert scales["language"].alpha == 8 and scales["language"].rank == 4 and scales["tower"].alpha == 16
+    dumped = lora_scales('model = {"llm_lora": {"lora_alpha": 256, "r": 128, "type": "peft.LoraConfig"}}', "dumped.py")
+    assert dumped["language"].alpha == 256 and "tower" not in dumped
+    for text, told in (("model = dict(", "no Python text"), ("model = dict()", "names no lora_alpha")):
+        with pytest.raises(CheckpointError, match=told):
+            lora_scales(text, "config.py")
+    with pytest.raises(CheckpointError, match="DoRA"):
+        lora_scales("model = dict(llm_lora=dict(r=4, lora_alpha=8, use_dora=True))", "config.py")
+
+
+class _Mine:
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, ("opened-by-a-pickle", "w")
+
+
+def test_a_pickle_with_code_in_it_is_refused_by_name(internlm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": xtuner_state({}, internlm2), "meta": _Mine()}, tmp_path / "evil.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps({"state_dict": _Mine()}))
+    buffer = io.BytesIO()
+    torch.save({"state_dict": _Mine()}, buffer, _use_new_zipfile_serialization=False)
+    (tmp_path / "older.pth").write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"pickle with code in it \(io\.open\)"):
+        convert(tmp_path / "evil.pth", tmp_path / "out", origin=Origin(str(internlm2)))
+    for name in ("old.pth", "older.pth"):
+        with pytest.raises(CheckpointError, match="not run"):
+            convert(tmp_path / name, tmp_path / "out", origin=Origin(str(internlm2)))
+    assert not (tmp_path / "opened-by-a-pickle").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_pth_that_lacks_something_is_told(internlm2: Path, tmp_path: Path) -> None:
+    pairs = official_pairs(internlm2, tower=False)
+    torch.save({"state_dict": xtuner_state(pairs, internlm2)}, tmp_path / "iter_1.pth")
+    torch.save({"state_dict": {"encoder.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "iter_1.pth").read_bytes()[:5000])
+    (tmp_path / "zero3").mkdir()
+    (tmp_path / "zero3" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"")
+    base, out = Origin(str(internlm2)), tmp_path / "out"
+    for name, origin, told in (
+        ("iter_1.pth", Origin(), "--base"),
+        ("iter_1.pth", base, "--lora-alpha"),
+        ("iter_1.pth", Origin(str(internlm2), xtuner_config=tmp_path / "none.py"), "none.py"),
+        ("other.pth", base, "tensors of no InternVL"),
+        ("cut.pth", base, "cannot be read"),
+        ("zero3", base, "zero_to_fp32"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            convert(tmp_path / name, out, origin=origin)
+    (tmp_path / "config.py").write_text(XTUNER_CONFIG.replace("lora_r = 4", "lora_r = 8"))
+    with pytest.raises(CheckpointError, match="says rank 8"):
+        convert(tmp_path / "iter_1.pth", out, origin=Origin(str(internlm2), xtuner_config=tmp_path / "config.py"))
+
+
+@pytest.mark.parametrize(
+    "wish", [{"to": "native", "names": "native"}, {"to": "adapter", "dtype": "float32"}, {"shard_bytes": 10}]
+)
+def test_wishes_that_make_no_sense_are_told(wish: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Wish(**wish)
+
+
+def test_a_model_without_an_adapter_cannot_become_one(internlm2: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        convert(internlm2, tmp_path / "out", Wish(to="adapter"))
+
+
+def test_official_names_are_those_of_a_model_with_fused_layers(internlm2: Path, tmp_path: Path) -> None:
+    """PEFT on a stand-in with InternLM2's module names: its merge of our adapter is our merge."""
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle of this test; it is in the train extra")
+    save_adapter(tmp_path / "ours", random_pairs(load_model(internlm2)[0]), AdapterSettings(str(internlm2), RANK, ALPHA))
+    convert(tmp_path / "ours", tmp_path / "official", Wish(to="adapter", names="official"))
+    convert(tmp_path / "ours", tmp_path / "merged")
+    weight = load_file(internlm2 / "model.safetensors")["language_model.model.layers.1.attention.wqkv.weight"]
+    model = nn.Module()
+    place = model
+    for name in ("language_model", "model", "layers", "1", "attention"):
+        place.add_module(name, nn.Module())
+        place = place.get_submodule(name)
+    place.wqkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    place.wqkv.weight.data.copy_(weight)
+    config = peft.PeftConfig.from_pretrained(tmp_path / "official")
+    config.target_modules = ["language_model.model.layers.1.attention.wqkv"]
+    wrapped = peft.get_peft_model(model, config)
+    state = load_file(tmp_path / "official" / "adapter_model.safetensors")
+    peft.set_peft_model_state_dict(wrapped, {name: tensor for name, tensor in state.items() if "layers.1.attention.wqkv" in name})
+    merged = wrapped.merge_and_unload().language_model.model.layers.get_submodule("1").attention.wqkv.weight
+    wanted = load_file(tmp_path / "merged" / "model.safetensors")["language_model.model.layers.1.attention.wqkv.weight"]
+    assert torch.allclose(merged, wanted, atol=1e-5, rtol=0)
