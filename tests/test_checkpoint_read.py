@@ -159,17 +159,6 @@ def test_what_is_no_model_folder_is_told_with_the_way_out(tmp_path: Path) -> Non
         load(folder)
 
 
-def test_a_hub_name_is_looked_up_on_this_disk_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="fetch it first"):
-        find_model("SomeOne/Some-Model")
-    repository = tmp_path / "models--SomeOne--Some-Model"
-    snapshot = tiny.tiny_folder(repository / "snapshots" / "abc", LLAMA)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    assert find_model("SomeOne/Some-Model") == (snapshot, None)
-
-
 def big_config() -> ModelConfig:
     """About 330 MB in bfloat16, most of it in the decoder."""
     vocabulary = tiny.tiny_tokenizer().get_vocab_size()
