@@ -4,6 +4,7 @@ The hub is a stand-in on 127.0.0.1 (hub_stand_in.py); huggingface_hub is the rea
 """
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ import torch
 
 import tiny
 from hub_stand_in import COMMIT, Hub, serving
+from tessella import cli
 from tessella.checkpoint import hub as rooms
 from tessella.checkpoint.hub import HubName, hub_folder, hub_name, wanted
 from tessella.checkpoint.read import find_model, load, load_model
@@ -41,6 +43,7 @@ def hub(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
         monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it reads the variable once, when it is imported
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # it waits before it tries again
     with serving(Hub({NAME: original})) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
@@ -52,7 +55,9 @@ def got(hub: Hub) -> list[str]:
     return [line.rpartition("/")[2] for line in hub.asked if line.startswith("GET /" + NAME)]
 
 
-def test_a_model_named_on_a_hub_is_the_model_that_lies_there(hub: Hub, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_named_on_a_hub_is_the_model_that_lies_there(
+    hub: Hub, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = load(NAME, device="cpu", dtype="float32")
     model, _ = load_model(original, dtype=torch.float32)
     for (name, ours), (_, theirs) in zip(loaded.model.named_parameters(), model.named_parameters(), strict=True):
@@ -95,6 +100,14 @@ def test_config_alone_is_fetched_for_a_look_and_the_weights_later(hub: Hub, monk
     assert got(hub) == [WEIGHTS]
 
 
+def test_inspect_looks_at_a_name_without_fetching_its_weights(hub: Hub, tmp_path: Path, original: Path) -> None:
+    out = tmp_path / "inspect.json"
+    assert cli.main(["inspect", NAME, "--json", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["parameters"]["total"] == sum(weight.numel() for weight in load_model(original)[0].parameters())
+    assert result["disk_bytes"] is None and WEIGHTS not in got(hub)
+
+
 def test_a_revision_is_pinned(hub: Hub) -> None:
     older = "a" * 40
     hub.commits["v1.0"] = older
@@ -116,7 +129,7 @@ def test_a_fetch_that_breaks_off_goes_on_where_it_stopped(hub: Hub, original: Pa
 
 def test_a_fetch_that_never_ends_is_told_and_the_next_one_fetches_what_is_missing(hub: Hub) -> None:
     hub.cuts[WEIGHTS] = 10**6
-    with pytest.raises(DownloadError, match=r"broke off.*files that arrived whole are kept"):
+    with pytest.raises(DownloadError, match=r"broke off.*whole files are kept"):
         hub_folder(HubName(NAME))
     hub.cuts.clear()
     hub.asked.clear()
@@ -167,7 +180,7 @@ def test_no_network_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_offline_without_a_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DownloadError, match=r"not in the local cache and HF_HUB_OFFLINE is set"):
+    with pytest.raises(DownloadError, match=r"not in the local cache, and HF_HUB_OFFLINE is set"):
         find_model(NAME)
     assert hub.asked == []
 

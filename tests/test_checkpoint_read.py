@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tessella.checkpoint.read import find_model, load, load_model
+from tessella.checkpoint.read import load, load_model
 from tessella.config import LanguageConfig, ModelConfig, VisionConfig, load_config
 from tessella.errors import CheckpointError, ConfigError
 

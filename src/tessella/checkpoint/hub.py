@@ -64,7 +64,11 @@ def hub_folder(name: HubName, *, weights: bool = True, say: Callable[[str], None
     if folder is not None and has_config(folder) and (has_weights(folder) or not weights):
         return folder
     if offline():
-        part = "is not in the local cache" if folder is None or not has_config(folder) else "is in the local cache without its weights"
+        part = (
+            "is not in the local cache"
+            if folder is None or not has_config(folder)
+            else "is in the local cache without its weights"
+        )
         raise DownloadError(
             f"{name} {part} and HF_HUB_OFFLINE is set; unset it, or copy the model's folder here and give that folder"
         )
@@ -74,7 +78,9 @@ def hub_folder(name: HubName, *, weights: bool = True, say: Callable[[str], None
 
 def offline() -> bool:
     """Whether the network is forbidden, by either of the variables that huggingface_hub knows."""
-    return any(os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(
+        os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
 
 
 def has_config(folder: Path) -> bool:
@@ -91,6 +97,10 @@ def has_weights(folder: Path) -> bool:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 # ---- Hugging Face
@@ -190,7 +200,9 @@ def _told(name: HubName) -> Iterator[None]:
             "look at the spelling, and if it is private, set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise DownloadError(f"{name.repository} has no revision {name.revision or 'main'}; give a branch, a tag or a commit") from error
+        raise DownloadError(
+            f"{name.repository} has no revision {name.revision or 'main'}; give a branch, a tag or a commit"
+        ) from error
     except errors.LocalEntryNotFoundError as error:  # how huggingface_hub says that one of several files could not be asked for
         raise DownloadError(_network(name, error.__cause__ or error)) from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # httpx's, whichever httpx this huggingface_hub has
@@ -204,7 +216,7 @@ def _told(name: HubName) -> Iterator[None]:
         if error.errno is not None:
             raise
         raise DownloadError(
-            f"a file of {name} came broken and was thrown away ({str(error).splitlines()[0]}); try again: whole files are kept"
+            f"a file of {name} came broken and was thrown away ({_first_line(error)}); try again: whole files are kept"
         ) from error
 
 
@@ -219,9 +231,8 @@ def _network(name: HubName, error: BaseException) -> str:
         else:
             what = f"answered {status}; files that arrived whole are kept: try again later"
         return f"fetching {name}: {endpoint()} {what}"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"{endpoint()} could not be reached, or broke off, while fetching {name} ({reason}); files that arrived whole are kept: "
+        f"{endpoint()} could not be reached, or broke off, while fetching {name} ({_first_line(error)}); whole files are kept: "
         "try again, set HF_ENDPOINT to a mirror, or copy the model's folder here and give that folder"
     )
 
@@ -253,7 +264,9 @@ def _fetch_from_modelscope(name: HubName, weights: bool, say: Callable[[str], No
             folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns))
     except (HubError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(f"the disk is full, so {name} could not be fetched whole; free some room and try again") from error
+            raise CheckpointError(
+                f"the disk is full, so {name} could not be fetched whole; free some room and try again"
+            ) from error
         raise DownloadError(
             f"fetching {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; look at the spelling at "
             f"modelscope.cn, log in with `modelscope login` if it is private, or try again: files that arrived whole are kept"

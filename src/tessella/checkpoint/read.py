@@ -18,7 +18,7 @@ from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
 from tessella.checkpoint.names import EMBEDDING, HEAD, is_computed, official_name, official_shape, split
-from tessella.checkpoint.published import PUBLISHED
+from tessella.checkpoint.published import HUB, PUBLISHED
 from tessella.checkpoint.weights import Weights, open_weights, some
 from tessella.config import LanguageConfig, ModelConfig, load_config
 from tessella.errors import CheckpointError, DownloadError, MemoryError_
@@ -100,12 +100,12 @@ def _from_hub(word: str, weights: bool) -> Path:
     if name is not None:
         return hub_folder(name, weights=weights)
     if word in PUBLISHED:
-        raise CheckpointError(
-            f"{word} is a published model, and its weights are not here; say {PUBLISHED[word].repository} to fetch them"
-        )
+        raise CheckpointError(f"{word} is a published model, and its weights are not here; say {HUB}/{word} to fetch them")
+    family = [known for known in PUBLISHED if known.startswith(word.partition("-")[0] + "-")]
+    known = f"; published models of that family are {', '.join(family)}" if family else ""
     raise CheckpointError(
         f'there is no folder "{word}"; give a folder in the official InternVL2 layout, a name on a hub '
-        f"such as OpenGVLab/InternVL2-2B, or {NANO}"
+        f"such as {HUB}/InternVL2-2B, or {NANO}{known}"
     )
 
 
