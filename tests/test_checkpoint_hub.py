@@ -18,7 +18,7 @@ import torch
 import tiny
 from hub_stand_in import COMMIT, Hub, serving
 from tessella import cli
-from tessella.checkpoint import hub as rooms
+from tessella.checkpoint import hub as hub_file
 from tessella.checkpoint.hub import HubName, hub_folder, hub_name, wanted
 from tessella.checkpoint.read import find_model, load, load_model
 from tessella.errors import CheckpointError, DownloadError
@@ -292,7 +292,7 @@ def modelscope(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         module = ModuleType(name)
         vars(module).update(more)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(hub_file.importlib.util, "find_spec", lambda _: object())
     for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(key, raising=False)
     return calls
@@ -317,6 +317,6 @@ def test_modelscopes_refusal_is_told(modelscope: list[dict[str, object]]) -> Non
 
 
 def test_modelscopes_package_is_named_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(hub_file.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(CheckpointError, match="pip install modelscope"):
         find_model(f"modelscope:{NAME}")

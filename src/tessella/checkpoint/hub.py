@@ -64,13 +64,10 @@ def hub_folder(name: HubName, *, weights: bool = True, say: Callable[[str], None
     if folder is not None and has_config(folder) and (has_weights(folder) or not weights):
         return folder
     if offline():
-        part = (
-            "is not in the local cache"
-            if folder is None or not has_config(folder)
-            else "is in the local cache without its weights"
-        )
+        here = folder is not None and has_config(folder)
+        where = "in the local cache without its weights" if here else "not in the local cache"
         raise DownloadError(
-            f"{name} {part} and HF_HUB_OFFLINE is set; unset it, or copy the model's folder here and give that folder"
+            f"{name} is {where}, and HF_HUB_OFFLINE is set; unset it, or copy the model's folder here and give that folder"
         )
     fetch = _fetch_from_modelscope if name.modelscope else _fetch
     return fetch(name, weights, say or _say)
@@ -78,9 +75,8 @@ def hub_folder(name: HubName, *, weights: bool = True, say: Callable[[str], None
 
 def offline() -> bool:
     """Whether the network is forbidden, by either of the variables that huggingface_hub knows."""
-    return any(
-        os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    words = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
 
 
 def has_config(folder: Path) -> bool:
@@ -137,6 +133,8 @@ def _fetch(name: HubName, weights: bool, say: Callable[[str], None]) -> Path:
             name.repository, revision=name.revision, files_metadata=True
         )
         commit = information.sha or ""
+        if not COMMIT.fullmatch(commit):
+            raise DownloadError(f"{endpoint()} names the commit {commit!r} for {name}; is HF_ENDPOINT a model hub?")
         if information.id != name.repository:
             say(f"{name.repository} is called {information.id} now; its files are kept under the name that you gave")
         sizes = {file.rfilename: file.size or 0 for file in information.siblings or []}
@@ -264,12 +262,10 @@ def _fetch_from_modelscope(name: HubName, weights: bool, say: Callable[[str], No
             folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns))
     except (HubError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise CheckpointError(
-                f"the disk is full, so {name} could not be fetched whole; free some room and try again"
-            ) from error
+            raise CheckpointError(f"the disk is full, so {name} could not be fetched whole; free some and try again") from error
         raise DownloadError(
-            f"fetching {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; look at the spelling at "
-            f"modelscope.cn, log in with `modelscope login` if it is private, or try again: files that arrived whole are kept"
+            f"fetching {name}: {_first_line(error)}; look at the spelling at modelscope.cn, log in with `modelscope login` "
+            "if it is private, or try again: files that arrived whole are kept"
         ) from error
     if not has_config(folder) or (weights and not has_weights(folder)):
         raise CheckpointError(f"{name} holds no config.json with safetensors, so it is no model that we open; give another name")
