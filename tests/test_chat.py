@@ -30,6 +30,15 @@ def test_internvl2_5_prompts_have_a_newline_after_im_end():
     )
 
 
+def test_phi3_prompts_have_a_control_token_for_each_role():
+    assert prompt("phi3-chat", TWO_TURNS) == (
+        f"<|system|>\n{SYSTEM}<|end|><|user|>\n<image>\nWhat is it?<|end|>"
+        "<|assistant|>\nSoup.<|end|><|user|>\nWhich?<|end|><|assistant|>\n"
+    )
+    pieces = render(ONE_TURN, TEMPLATES["phi3-chat"], system="", open_turn=True)
+    assert [piece.text for piece in pieces if piece.kind == "control"] == ["<|user|>", "<|end|>", "<|assistant|>"]
+
+
 def test_chatml_has_no_system_turn_unless_told():
     assert prompt("chatml", ONE_TURN) == "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
     assert prompt("chatml", [*ONE_TURN, Message("assistant", "Soup.")], open_turn=False) == (
@@ -52,7 +61,7 @@ def test_a_system_message_wins_over_the_argument_and_that_over_the_template():
 def test_learned_are_answers_and_their_end_and_nothing_else(name):
     messages = [Message("system", "s"), *TWO_TURNS, Message("assistant", "Miso soup.")]
     learned = [piece for piece in render(messages, TEMPLATES[name], open_turn=False) if piece.learn]
-    end = Piece("<|im_end|>", "control", True)
+    end = Piece(TEMPLATES[name].end, "control", True)
     assert learned == [Piece("Soup.", "text", True), end, Piece("Miso soup.", "text", True), end]
 
 
@@ -109,5 +118,5 @@ def test_what_cannot_be_rendered_is_refused_with_the_turn(turns, message):
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"phi3-chat.*internlm2-chat, Hermes-2, internvl2_5, chatml"):
-        template_named("phi3-chat")
+    with pytest.raises(ConfigError, match=r"llama3-chat.*internlm2-chat, Hermes-2, phi3-chat, internvl2_5, chatml"):
+        template_named("llama3-chat")

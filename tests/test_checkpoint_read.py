@@ -153,9 +153,12 @@ def test_what_is_no_model_folder_is_told_with_the_way_out(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="pickled"):
         load(folder)
     raw = json.loads((folder / "config.json").read_text())
-    raw["llm_config"]["architectures"] = ["Phi3ForCausalLM"]
+    raw["llm_config"]["architectures"] = ["GptOssForCausalLM"]
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match="Phi3ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"GptOssForCausalLM.*InternLM2ForCausalLM.*Phi3ForCausalLM"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**raw, "architectures": ["LlavaForConditionalGeneration"]}))
+    with pytest.raises(ConfigError, match=r"Llava.*InternVLChatModel.*InternVLForConditionalGeneration"):
         load(folder)
 
 

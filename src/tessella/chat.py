@@ -34,15 +34,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Template:
-    """How one family writes a turn: start + role + newline + text + end + after_end."""
+    """How one family writes a turn: head + text + end + after_end. A head is a control token and the text behind it."""
 
     name: str
     default_system: str  # "" for none
     stop: tuple[str, ...]  # special tokens that end an answer; those that a tokenizer lacks are passed over, but not end
     after_end: str = ""
     add_bos: bool = False  # begin with the tokenizer's bos, if the tokenizer is one that adds it
-    start: str = "<|im_start|>"
+    start: str = "<|im_start|>"  # "" where each role has a control token of its own
     end: str = "<|im_end|>"
+
+    def head(self, role: str) -> tuple[str, str]:
+        """(control token, text) that open a turn of that role."""
+        return (self.start, f"{role}\n") if self.start else (f"<|{role}|>", "\n")
 
 
 # The punctuation is part of what the models were trained with; a changed comma is another prompt.
@@ -52,10 +56,18 @@ _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工�
 TEMPLATES = {
     template.name: template
     for template in (
-        # InternLM2's and Llama-3's tokenizers open every prompt with their bos; the official code keeps it.
+        # InternLM2's, Llama-3's and Phi-3's tokenizers open every prompt with their bos; the official code keeps it.
         Template("internlm2-chat", _SYSTEM_2, stop=("<|im_end|>", "<|im_start|>", "</s>"), add_bos=True),
         Template("Hermes-2", _SYSTEM_2, stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>")),
-        Template("internvl2_5", _SYSTEM_2_5, stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>", "</s>"), after_end="\n"),
+        Template("phi3-chat", _SYSTEM_2, stop=("<|end|>", "<|endoftext|>"), add_bos=True, start="", end="<|end|>"),
+        # InternVL 2.5, 3 and 3.5; of these only the sizes that have InternLM2's tokenizer have a bos.
+        Template(
+            "internvl2_5",
+            _SYSTEM_2_5,
+            stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>", "</s>"),
+            after_end="\n",
+            add_bos=True,
+        ),
         Template("chatml", "", stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>"), after_end="\n"),
     )
 }
@@ -86,7 +98,7 @@ def render(messages: Sequence[Message], template: Template, *, system: str | Non
     for turn in turns:
         pieces += _turn(turn, template)
     if open_turn:
-        pieces += [Piece(template.start, "control"), Piece("assistant\n", "text")]
+        pieces += _head("assistant", template)
     return tuple(pieces)
 
 
@@ -149,10 +161,14 @@ def _checked(messages: Sequence[Message], open_turn: bool) -> list[Message]:
     return turns
 
 
+def _head(role: str, template: Template) -> list[Piece]:
+    control, text = template.head(role)
+    return [Piece(control, "control"), Piece(text, "text")]
+
+
 def _turn(turn: Message, template: Template) -> Iterator[Piece]:
     learn = turn.role == "assistant"
-    yield Piece(template.start, "control")
-    yield Piece(f"{turn.role}\n", "text")
+    yield from _head(turn.role, template)
     if turn.role == "user":
         for index, text in enumerate(turn.text.split(IMAGE_MARK)):
             if index:

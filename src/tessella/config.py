@@ -1,11 +1,13 @@
 """What a model is made of: frozen dataclasses, read strictly from a checkpoint's config.json.
 
-In: the dict of an official InternVLChatModel config.json.  Out: ModelConfig.
+In: the dict of a config.json, official (InternVLChatModel) or native (InternVLForConditionalGeneration).  Out: ModelConfig.
 Fields that change the arithmetic are read strictly; the sixty inherited fields of PretrainedConfig are ignored.
-Source of the fields: OpenGVLab/InternVL at 2410d1d, configuration_internvl_chat.py and configuration_intern_vit.py.
+Source of the fields: OpenGVLab/InternVL at 2410d1d, configuration_internvl_chat.py and configuration_intern_vit.py;
+configuration_internvl.py and modeling_rope_utils.py of huggingface/transformers at 5.23.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,16 @@ from typing import Any
 
 from tessella.errors import CheckpointError, ConfigError
 
-LANGUAGE_ARCHITECTURES = ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
+OFFICIAL, NATIVE = "InternVLChatModel", "InternVLForConditionalGeneration"
+# architecture of the language model -> its model_type; Yi and Llama 3 are LlamaForCausalLM
+MODEL_TYPES = {
+    "InternLM2ForCausalLM": "internlm2",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Phi3ForCausalLM": "phi3",
+}
+CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus answer
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,28 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class LongRope:
+    """Phi-3's rotary angles ("longrope", once "su"): each frequency is divided by a factor of its own, D / 2 of them."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]  # beyond original_positions tokens
+    original_positions: int
+    attention_factor: float  # cosine and sine are multiplied by it
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's rotary angles: slow frequencies are divided by factor, fast ones are not, between them it is blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
-    """One decoder for the InternLM2, Llama and Qwen2 shapes; the differences are flags."""
+    """One decoder for the InternLM2, Llama, Qwen2, Qwen3 and Phi-3 shapes; the differences are flags."""
 
     architecture: str
     vocab_size: int
@@ -55,18 +86,32 @@ class LanguageConfig:
     head_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
-    rope_dynamic_factor: float | None = None  # dynamic NTK beyond max_positions; None: plain RoPE
+    # At most one of the next three changes the plain rotary angles.
+    rope_dynamic_factor: float | None = None  # dynamic NTK beyond max_positions
+    rope_long: LongRope | None = None
+    rope_llama3: Llama3Rope | None = None
     max_positions: int = 32768  # trained length in tokens
     qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and of k
     output_bias: bool = False
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.architecture not in LANGUAGE_ARCHITECTURES:
-            known = ", ".join(LANGUAGE_ARCHITECTURES)
-            raise ConfigError(f'llm_config.architectures is "{self.architecture}"; we can run {known}')
+        if self.architecture not in MODEL_TYPES:
+            raise ConfigError(f'the language model is a "{self.architecture}"; we can run {", ".join(MODEL_TYPES)}')
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+        if sum(rope is not None for rope in (self.rope_dynamic_factor, self.rope_long, self.rope_llama3)) > 1:
+            raise ConfigError("rope_scaling: a language model has one kind of rotary angles, not several")
+        long = self.rope_long
+        if long is not None and {len(long.short_factor), len(long.long_factor)} != {self.head_dim // 2}:
+            counts = f"{len(long.short_factor)} short and {len(long.long_factor)} long factors"
+            raise ConfigError(f"rope_scaling has {counts}, must have {self.head_dim // 2} = half a head's width of each")
+
+    @property
+    def unstretched_tokens(self) -> int:
+        """Length up to which a row's rotary angles do not depend on its length."""
+        return self.max_positions if self.rope_long is None else self.rope_long.original_positions
 
 
 @dataclass(frozen=True)
@@ -115,7 +160,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout"
+            f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout, "
+            "or in the native one of transformers"
         )
     return read_json(path)
 
@@ -131,16 +177,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The dict of an official config.json -> ModelConfig. Raises ConfigError naming the field."""
+def is_native(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the native layout; False is the official one. Raises ConfigError for any other model."""
     architectures = raw.get("architectures") or []
-    if "InternVLChatModel" not in architectures:
-        raise ConfigError(f'config.json: architectures is {architectures}, must hold "InternVLChatModel"')
+    if NATIVE not in architectures and OFFICIAL not in architectures:
+        raise ConfigError(
+            f"config.json: architectures is {architectures}; we can run {OFFICIAL} (official layout) and {NATIVE} (native layout)"
+        )
+    return NATIVE in architectures
+
+
+def model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The dict of a config.json, official or native -> ModelConfig. Raises ConfigError naming the field."""
+    return native_config(raw) if is_native(raw) else official_config(raw)
+
+
+def official_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The dict of an official config.json -> ModelConfig. Raises ConfigError."""
     if raw.get("pad2square"):
         raise ConfigError("config.json: pad2square is true; only the tile rule without padding is known")
     vision = vision_config(_section(raw, "vision_config"))
     dynamic = bool(raw.get("dynamic_image_size", True))
-    language = language_config(_section(raw, "llm_config"))
+    section = _section(raw, "llm_config")
+    architectures = _need(section, "architectures", "llm_config")
+    language = language_config(section, str(architectures[0]) if architectures else "", "llm_config")
     return ModelConfig(
         vision=vision,
         language=language,
@@ -152,8 +212,81 @@ def model_config(raw: Mapping[str, Any]) -> ModelConfig:
         min_tiles=int(raw.get("min_dynamic_patch", 1)) if dynamic else 1,
         max_tiles=int(raw.get("max_dynamic_patch", 12)) if dynamic else 1,
         use_thumbnail=bool(raw.get("use_thumbnail", True)),
-        context_tokens=min(8192, language.max_positions),
+        context_tokens=min(CONTEXT_TOKENS, language.max_positions),
     )
+
+
+def native_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The dict of a native config.json -> ModelConfig. Raises ConfigError.
+
+    What this layout cannot say stands in our section "tessella". A folder of others lacks it: its prompt is InternVL 2.5's,
+    which 3 and 3.5 share, and its tile rule the family's.
+    """
+    fixed = {"vision_feature_select_strategy": "default", "projector_hidden_act": "gelu"}
+    for key, value in fixed.items():
+        if raw.get(key, value) != value:
+            raise ConfigError(f'config.json: {key} is "{raw[key]}", must be "{value}"')
+    own: Mapping[str, Any] = raw.get("tessella") or {}
+    vision = vision_config(_as_official_vision(_section(raw, "vision_config")))
+    text = _section(raw, "text_config")
+    kind = str(_need(text, "model_type", "text_config"))
+    architecture = next((name for name, known in MODEL_TYPES.items() if known == kind), f"{kind} (text_config.model_type)")
+    section = {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **NATIVE_TEXT_DEFAULTS.get(kind, {}), **text}
+    if "rope_theta" not in (text.get("rope_parameters") or text):
+        section["rope_theta"] = NATIVE_ROPE_THETA
+    language = language_config(section, str(own.get("architecture") or architecture), "text_config")
+    layer = raw.get("vision_feature_layer", -1)
+    if not isinstance(layer, int):
+        raise ConfigError(f"config.json: vision_feature_layer is {layer}, must be one number")
+    side = math.isqrt(int(raw.get("image_seq_length", 256)))  # slots lie in a square
+    return ModelConfig(
+        vision=vision,
+        language=language,
+        template=str(own.get("template", "internvl2_5")),
+        tile_size_px=side * 2 * vision.patch_size_px,
+        downsample_ratio=float(raw.get("downsample_ratio", 0.5)),
+        select_layer=layer,
+        min_tiles=int(own.get("min_dynamic_patch", 1)),
+        max_tiles=int(own.get("max_dynamic_patch", 12)),
+        context_tokens=min(CONTEXT_TOKENS, language.max_positions),
+    )
+
+
+# Fields that transformers leaves out of a file where they equal its own defaults.
+NATIVE_ROPE_THETA = 1e4
+_QWEN = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32}
+NATIVE_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+}
+NATIVE_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": [448, 448],
+    "patch_size": [14, 14],
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "layer_scale_init_value": 0.1,
+}
+
+
+def _as_official_vision(native: Mapping[str, Any]) -> dict[str, Any]:
+    """The native vision_config in official words. Raises ConfigError for what only the native layout knows."""
+    raw = {**NATIVE_VISION_DEFAULTS, **native}
+    for key, value in {"use_mask_token": False, "use_absolute_position_embeddings": True, "use_mean_pooling": True}.items():
+        if raw.get(key, value) != value:
+            raise ConfigError(f"vision_config.{key} is {raw[key]}, must be {value}")
+    for key in ("image_size", "patch_size"):
+        sides = raw[key] if isinstance(raw[key], list) else [raw[key]]
+        if len(set(sides)) != 1:
+            raise ConfigError(f"vision_config.{key} is {sides}, must be square")
+        raw[key] = sides[0]
+    words = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "initializer_factor": "layer_scale_init_value"}
+    return {**raw, **{official: raw[word] for official, word in words.items()}}
 
 
 def vision_config(raw: Mapping[str, Any]) -> VisionConfig:
@@ -179,21 +312,15 @@ def vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     )
 
 
-def language_config(raw: Mapping[str, Any]) -> LanguageConfig:
-    """The llm_config section -> LanguageConfig. Raises ConfigError."""
-    where = "llm_config"
-    architectures = _need(raw, "architectures", where)
-    architecture = str(architectures[0]) if architectures else ""
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigError(f'{where}.hidden_act is "{activation}", must be "silu"')
-    if raw.get("use_sliding_window"):
-        raise ConfigError(f"{where}.use_sliding_window is true; sliding windows are not known")
+def language_config(raw: Mapping[str, Any], architecture: str, where: str) -> LanguageConfig:
+    """The section of the language model -> LanguageConfig. Raises ConfigError."""
+    _refuse_unknown_arithmetic(raw, where)
     heads = int(_need(raw, "num_attention_heads", where))
     hidden = int(_need(raw, "hidden_size", where))
     # InternLM2 calls it bias, and its configuration class defaults to True; the others default to False.
-    bias = bool(raw.get("bias", True) if architecture == "InternLM2ForCausalLM" else raw.get("attention_bias", False))
-    theta, factor = _rope(raw, where)
+    official_internlm2 = architecture == "InternLM2ForCausalLM" and where == "llm_config"
+    bias = bool(raw.get("bias", True) if official_internlm2 else raw.get("attention_bias", False))
+    qwen2 = architecture == "Qwen2ForCausalLM"  # has biases on q, k, v and none on the output, by definition
     return LanguageConfig(
         architecture=architecture,
         vocab_size=int(_need(raw, "vocab_size", where)),
@@ -204,30 +331,61 @@ def language_config(raw: Mapping[str, Any]) -> LanguageConfig:
         num_kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=int(raw.get("head_dim") or hidden // heads),
         norm_eps=float(_need(raw, "rms_norm_eps", where)),
-        rope_theta=theta,
-        rope_dynamic_factor=factor,
         max_positions=int(_need(raw, "max_position_embeddings", where)),
-        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
-        output_bias=bias,
+        qkv_bias=bias or qwen2,
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        output_bias=bias and not qwen2,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        **_rope(raw, where),
     )
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, float | None]:
-    """(base, dynamic factor or None), from either transformers' 4.x keys or 5.x's rope_parameters."""
-    new = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or (new if new.get("rope_type", "default") != "default" else None)
-    theta = raw.get("rope_theta", new.get("rope_theta"))
+def _refuse_unknown_arithmetic(raw: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for fields that would make the model compute what we do not."""
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f'{where}.hidden_act is "{activation}", must be "silu"')
+    if raw.get("mlp_bias"):
+        raise ConfigError(f"{where}.mlp_bias is true, must be false")
+    # Phi-3 has a window but no switch for it; Qwen's switch is off unless said. Wider than a prompt, a window does nothing.
+    window, switched_on = raw.get("sliding_window"), raw.get("use_sliding_window", raw.get("model_type") == "phi3")
+    if switched_on and window is not None and window < CONTEXT_TOKENS:
+        raise ConfigError(f"{where}.sliding_window is {window}; windows under {CONTEXT_TOKENS:,} tokens are not known")
+    turned = (raw.get("rope_parameters") or {}).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if turned not in (None, 1.0):
+        raise ConfigError(f"{where}.partial_rotary_factor is {turned}, must be 1")
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The rope fields of LanguageConfig, from transformers' 4.x keys (rope_theta, rope_scaling) or 5.x's rope_parameters."""
+    new: Mapping[str, Any] = raw.get("rope_parameters") or {}
+    scaling: Mapping[str, Any] = raw.get("rope_scaling") or new
+    theta = new.get("rope_theta") or raw.get("rope_theta")
     if theta is None:
         raise ConfigError(f"{where} names no rope_theta; a wrong base gives wrong answers silently, so it must be there")
-    if not scaling:
-        return float(theta), None
-    kind = scaling.get("rope_type") or scaling.get("type")
-    if kind in (None, "default"):
-        return float(theta), None
-    if kind != "dynamic":
-        raise ConfigError(f'{where}.rope_scaling is of type "{kind}", we can run "dynamic" or none')
-    return float(theta), float(scaling["factor"])
+    if float(theta) != float(raw.get("rope_theta") or theta):
+        raise ConfigError(f"{where}: rope_theta is {raw['rope_theta']}, but {theta} in rope_parameters; they must agree")
+    found: dict[str, Any] = {"rope_theta": float(theta)}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    if kind == "dynamic":
+        return {**found, "rope_dynamic_factor": float(scaling["factor"])}
+    if kind in ("su", "longrope"):
+        return {**found, "rope_long": _long_rope(scaling, raw, int(original or raw["max_position_embeddings"]))}
+    if kind == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor")
+        factors = (float(_need(scaling, key, f"{where}.rope_scaling")) for key in keys)
+        return {**found, "rope_llama3": Llama3Rope(*factors, int(original or raw["max_position_embeddings"]))}
+    if kind != "default":
+        raise ConfigError(f'{where}.rope_scaling is of type "{kind}", we can run "dynamic", "longrope" ("su"), "llama3" or none')
+    return found
+
+
+def _long_rope(scaling: Mapping[str, Any], raw: Mapping[str, Any], original: int) -> LongRope:
+    factor = float(scaling.get("factor") or int(raw["max_position_embeddings"]) / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factors = (tuple(float(x) for x in _need(scaling, key, "rope_scaling")) for key in ("short_factor", "long_factor"))
+    return LongRope(*factors, original, float(scaling.get("attention_factor") or usual))
 
 
 def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:

@@ -114,7 +114,7 @@ def _batches(
     """Indices of rows that may run together, in order."""
     batch: list[int] = []
     for i, one in enumerate(inputs):
-        stretched = len(one) + params.max_tokens > model.config.language.max_positions
+        stretched = len(one) + params.max_tokens > model.config.language.unstretched_tokens
         if batch and (stretched or len(batch) == rows_at_once):
             yield batch
             batch = []

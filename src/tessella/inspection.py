@@ -16,9 +16,9 @@ from tessella.chat import Message, place_marks
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.hub import has_weights, hub_name
 from tessella.checkpoint.published import HUB, PUBLISHED, published_config
-from tessella.checkpoint.read import find_model, resolve_head
+from tessella.checkpoint.read import find_model, layout_of, resolve_head
 from tessella.checkpoint.weights import open_weights
-from tessella.config import ModelConfig, load_config
+from tessella.config import ModelConfig, load_config, model_config, read_config_json
 from tessella.errors import DataError
 from tessella.image import Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
@@ -177,11 +177,12 @@ def find(name: str) -> Found:
     if name in PUBLISHED and not Path(name).is_dir():
         return Found(published_config(name), None, None, None)
     folder, adapter = find_model(name, weights=False)
-    config = load_config(folder)
+    raw = read_config_json(folder)
+    config = model_config(raw)
     if hub_name(name) and not Path(name).is_dir() and not has_weights(folder):
         return Found(config, folder, adapter, None)
     weights = open_weights(folder)
-    return Found(resolve_head(config, weights), folder, adapter, weights.num_bytes())
+    return Found(resolve_head(config, weights, layout_of(raw)), folder, adapter, weights.num_bytes())
 
 
 def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[str, Any]:

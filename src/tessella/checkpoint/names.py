@@ -1,14 +1,19 @@
-"""Weight names: the official checkpoint's tensors <-> our parameters.
+"""Weight names: a layout's tensors <-> our parameters, as tables.
 
-In: a tensor's official name (and the tensor).  Out: our parameter name or names (and the tensors), and back.
-Our names are those of a Llama- or Qwen2-type InternVL2 checkpoint, so for these two the table is the identity.
-InternLM2 has other names and one fused wqkv, whose rows are grouped by key-value head.
-H query heads, K key-value heads, d width of a head, D width of the language model.
-Source: modeling_internlm2.py of OpenGVLab/InternVL at 2410d1d.
+In: a tensor's name in a file, or ours.  Out: the Group it belongs to: the names on both sides, and how rows are shared out.
+Our names are those of a Llama- or Qwen-type official checkpoint: q, k, v, gate and up apart, the tower's qkv in one.
+A layout stores some of them together or apart. In each group at least one side is a single tensor, and a rule says which of
+its rows belong to which part; the rule holds for weights, biases and the B of a low-rank pair alike.
+H query heads, K key-value heads, d width of a head.
+Source: modeling_internlm2.py and modeling_intern_vit.py of OpenGVLab/InternVL at 2410d1d; InternVL, Llama and Phi-3 of
+huggingface/transformers at 5.23.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,102 +21,248 @@ from torch import Tensor
 from tessella.config import LanguageConfig
 from tessella.errors import CheckpointError
 
+Layout = Literal["official", "native"]
+Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see cut_rows)
+
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
 
 # Buffers that some writers stored and that are computed, not learned: read past, and listed as unused.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|position_ids|rotary_emb\.(cos|sin)_cached)$")
 
-# our word -> InternLM2's word, between dots; the order matters only in that no word is part of another
-INTERNLM2_WORDS = {
-    "model.embed_tokens": "model.tok_embeddings",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "language_model.lm_head": "language_model.output",
-}
-FUSED = "attention.wqkv"
-FUSED_PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that stand for one another, ours and stored. Names are of parameters or of modules, as asked."""
+
+    ours: tuple[str, ...]
+    stored: tuple[str, ...]
+    rows: Rows = "equal"
+
+    def to_ours(self, stored: Sequence[Tensor], language: LanguageConfig) -> dict[str, Tensor]:
+        """The stored tensors, in the group's order -> our parameters."""
+        return dict(zip(self.ours, _regrouped(stored, len(self.ours), self.rows, language, self.stored), strict=True))
+
+    def to_stored(self, ours: Sequence[Tensor], language: LanguageConfig) -> dict[str, Tensor]:
+        """Our parameters, in the group's order -> the stored tensors."""
+        return dict(zip(self.stored, _regrouped(ours, len(self.stored), self.rows, language, self.ours), strict=True))
 
 
-def is_computed(official: str) -> bool:
+# ---- the tables: modules (or parameters without a module) by their path, # for the number of the layer
+
+_OURS, _TOWER, _NATIVE_TOWER = "language_model.model.layers.#.", "vision_model.encoder.layers.#.", "vision_tower.encoder.layer.#."
+_QKV = tuple(f"{_OURS}self_attn.{part}_proj" for part in "qkv")
+_GATE_UP = (f"{_OURS}mlp.gate_proj", f"{_OURS}mlp.up_proj")
+
+
+def _renamed(pairs: Mapping[str, str]) -> tuple[Group, ...]:
+    return tuple(Group((ours,), (stored,)) for ours, stored in pairs.items())
+
+
+_INTERNLM2 = (
+    Group(_QKV, (f"{_OURS}attention.wqkv",), "grouped"),
+    *_renamed(
+        {
+            "language_model.model.embed_tokens": "language_model.model.tok_embeddings",
+            f"{_OURS}self_attn.o_proj": f"{_OURS}attention.wo",
+            f"{_OURS}mlp.gate_proj": f"{_OURS}feed_forward.w1",
+            f"{_OURS}mlp.up_proj": f"{_OURS}feed_forward.w3",
+            f"{_OURS}mlp.down_proj": f"{_OURS}feed_forward.w2",
+            f"{_OURS}input_layernorm": f"{_OURS}attention_norm",
+            f"{_OURS}post_attention_layernorm": f"{_OURS}ffn_norm",
+            "language_model.lm_head": "language_model.output",
+        }
+    ),
+)
+_PHI3 = (Group(_QKV, (f"{_OURS}self_attn.qkv_proj",), "qkv"), Group(_GATE_UP, (f"{_OURS}mlp.gate_up_proj",)))
+_NATIVE = (
+    Group((f"{_TOWER}attn.qkv",), tuple(f"{_NATIVE_TOWER}attention.{part}_proj" for part in "qkv")),
+    *_renamed(
+        {
+            "vision_model.embeddings.class_embedding": "vision_tower.embeddings.cls_token",
+            "vision_model.embeddings.position_embedding": "vision_tower.embeddings.position_embeddings",
+            "vision_model.embeddings.patch_embedding": "vision_tower.embeddings.patch_embeddings.projection",
+            f"{_TOWER}attn.proj": f"{_NATIVE_TOWER}attention.projection_layer",
+            f"{_TOWER}attn.q_norm": f"{_NATIVE_TOWER}attention.q_norm",
+            f"{_TOWER}attn.k_norm": f"{_NATIVE_TOWER}attention.k_norm",
+            f"{_TOWER}mlp.fc1": f"{_NATIVE_TOWER}mlp.fc1",
+            f"{_TOWER}mlp.fc2": f"{_NATIVE_TOWER}mlp.fc2",
+            f"{_TOWER}norm1": f"{_NATIVE_TOWER}layernorm_before",
+            f"{_TOWER}norm2": f"{_NATIVE_TOWER}layernorm_after",
+            f"{_TOWER}ls1": f"{_NATIVE_TOWER}lambda_1",
+            f"{_TOWER}ls2": f"{_NATIVE_TOWER}lambda_2",
+            "mlp1.0": "multi_modal_projector.layer_norm",
+            "mlp1.1": "multi_modal_projector.linear_1",
+            "mlp1.3": "multi_modal_projector.linear_2",
+        }
+    ),
+)
+# What is not in a layout's table has one name on both sides. InternLM2 has its own words in the official layout alone.
+_OFFICIAL = {"InternLM2ForCausalLM": _INTERNLM2, "Phi3ForCausalLM": _PHI3}
+_NATIVE_LANGUAGE = {"Phi3ForCausalLM": _PHI3}
+
+# transformers calls its modules so in memory, and so do adapters; its save_pretrained writes the second form into files.
+_IN_MEMORY = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_LAYER = re.compile(r"\.(layers?)\.(\d+)\.")
+
+
+@cache
+def _table(layout: Layout, architecture: str) -> tuple[dict[str, Group], dict[str, Group]]:
+    """The groups by our paths, and by stored ones."""
+    official = layout == "official"
+    groups = _OFFICIAL.get(architecture, ()) if official else (*_NATIVE, *_NATIVE_LANGUAGE.get(architecture, ()))
+    return {path: group for group in groups for path in group.ours}, {path: group for group in groups for path in group.stored}
+
+
+# ---- names
+
+
+def group_of(ours: str, layout: Layout, language: LanguageConfig) -> Group:
+    """The group of one of our parameters or modules."""
+    return _find(ours, _table(layout, language.architecture)[0])
+
+
+def group_of_stored(stored: str, layout: Layout, language: LanguageConfig) -> Group:
+    """The group of a tensor or module of a file; native names may be those of files or those in memory."""
+    name = as_in_files(stored) if layout == "native" else stored
+    return _find(name, _table(layout, language.architecture)[1])
+
+
+def groups_of(ours: Iterable[str], layout: Layout, language: LanguageConfig) -> list[Group]:
+    """The groups of all our parameters, each once, in the order of their first member."""
+    return list(dict.fromkeys(group_of(name, layout, language) for name in ours))
+
+
+def as_in_files(native: str) -> str:
+    """A native name as transformers writes it into files, whichever of the two forms it has."""
+    return _with_prefix(native, _IN_MEMORY)
+
+
+def as_in_memory(native: str) -> str:
+    """A native name as transformers calls the module in memory; adapters for native models use these."""
+    return _with_prefix(native, [(file, memory) for memory, file in _IN_MEMORY])
+
+
+def is_computed(stored: str) -> bool:
     """Whether a tensor of that name is a computed buffer that we do not read."""
-    return bool(COMPUTED.search(official))
+    return bool(COMPUTED.search(stored))
 
 
 def official_name(ours: str, language: LanguageConfig) -> str:
-    """Our parameter (or module) name -> the official one; q, k and v of InternLM2 have one name in common."""
-    if language.architecture != "InternLM2ForCausalLM" or not ours.startswith("language_model."):
-        return ours
-    for part in FUSED_PARTS:
-        if f".{part}" in ours:
-            return ours.replace(part, FUSED)
-    for our_word, their_word in INTERNLM2_WORDS.items():
-        if f".{our_word}." in f".{ours}.":
-            return f".{ours}.".replace(f".{our_word}.", f".{their_word}.")[1:-1]
-    return ours
+    """Our parameter (or module) name -> the official one; parts that are stored together have one name in common."""
+    (stored,) = group_of(ours, "official", language).stored
+    return stored
 
 
 def our_names(official: str, language: LanguageConfig) -> tuple[str, ...]:
-    """An official parameter (or module) name -> ours: one name, or q, k, v for InternLM2's wqkv."""
-    if language.architecture != "InternLM2ForCausalLM" or not official.startswith("language_model."):
-        return (official,)
-    if f".{FUSED}." in f"{official}.":
-        return tuple(official.replace(FUSED, part) for part in FUSED_PARTS)
-    for our_word, their_word in INTERNLM2_WORDS.items():
-        if f".{their_word}." in f".{official}.":
-            return (f".{official}.".replace(f".{their_word}.", f".{our_word}.")[1:-1],)
-    return (official,)
+    """An official parameter (or module) name -> ours, several where the file stores them together."""
+    return group_of_stored(official, "official", language).ours
 
 
-def split_rows(fused: Tensor, language: LanguageConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """wqkv's rows -> those of q, k and v, in the order of the heads. Works for weights, biases and a LoRA's B.
+def _find(name: str, table: Mapping[str, Group]) -> Group:
+    found = _LAYER.search(name)
+    path = _LAYER.sub(r".\1.#.", name, count=1)
+    for cut in (path, path.rpartition(".")[0]):  # a module or a bare parameter, else the module of a parameter
+        if cut in table:
+            number, leaf = found[2] if found else "", path[len(cut) :]
+            group = table[cut]
+            return Group(
+                *(tuple(part.replace("#", number) + leaf for part in side) for side in (group.ours, group.stored)), group.rows
+            )
+    return Group((name,), (name,))
 
-    fused ((H + 2 K) d, …) -> q (H d, …), k (K d, …), v (K d, …).
-    For each key-value head the rows are: its H / K query heads, its key, its value, d rows each.
+
+def _with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if f"{name}.".startswith(old):
+            return (new + f"{name}."[len(old) :])[:-1]
+    return name
+
+
+# ---- rows
+
+
+def row_counts(total: int, rows: Rows, language: LanguageConfig, parts: int, name: str) -> tuple[int, ...]:
+    """Rows of each part of a fused tensor of that many rows. Raises CheckpointError naming the tensor when they do not fit."""
+    heads, groups, d = language.num_heads, language.num_kv_heads, language.head_dim
+    if rows == "equal":
+        if total % parts:
+            raise CheckpointError(f"{name} has {total} rows, which do not fall into {parts} equal parts")
+        return (total // parts,) * parts
+    if total != (heads + 2 * groups) * d:
+        raise CheckpointError(f"{name} has {total} rows, must have {(heads + 2 * groups) * d} = (H + 2 K) d of llm_config")
+    return heads * d, groups * d, groups * d
+
+
+def cut_rows(fused: Tensor, rows: Rows, language: LanguageConfig, parts: int = 3, name: str = "wqkv") -> tuple[Tensor, ...]:
+    """The rows of a fused tensor -> those of its parts. Works for weights, biases and the B of a low-rank pair.
+
+    "equal": parts of one size. "qkv": H d rows of q, K d of k, K d of v. "grouped": for each key-value head its H / K query
+    heads, its key, its value, d rows each -> q (H d, …), k (K d, …), v (K d, …), in the order of the heads.
+    Raises CheckpointError when the number of rows does not fit.
     """
-    groups, d = language.num_kv_heads, language.head_dim
-    size = language.num_heads // groups + 2
-    rest = fused.shape[1:]
-    if fused.shape[0] != groups * size * d:
-        raise CheckpointError(f"wqkv has {fused.shape[0]} rows, must have {groups * size * d} = (H + 2 K) d of llm_config")
-    grouped = fused.reshape(groups, size, d, *rest)
-    return (
-        grouped[:, : size - 2].reshape(-1, *rest),
-        grouped[:, size - 2].reshape(-1, *rest),
-        grouped[:, size - 1].reshape(-1, *rest),
-    )
+    counts = row_counts(fused.shape[0], rows, language, parts, name)
+    if rows != "grouped":
+        return fused.split(counts)
+    groups, d, rest = language.num_kv_heads, language.head_dim, fused.shape[1:]
+    shared = language.num_heads // groups
+    grouped = fused.reshape(groups, shared + 2, d, *rest)
+    return tuple(part.reshape(-1, *rest) for part in (grouped[:, :shared], grouped[:, shared], grouped[:, shared + 1]))
+
+
+def fuse_rows(parts: Sequence[Tensor], rows: Rows, language: LanguageConfig) -> Tensor:
+    """The inverse of cut_rows."""
+    if rows != "grouped":
+        return torch.cat(list(parts))
+    groups, d, rest = language.num_kv_heads, language.head_dim, parts[0].shape[1:]
+    return torch.cat([part.reshape(groups, -1, d, *rest) for part in parts], dim=1).reshape(-1, *rest)
+
+
+def _regrouped(
+    given: Sequence[Tensor], wanted: int, rows: Rows, language: LanguageConfig, names: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    assert len(given) == len(names) and 1 in (wanted, len(given))
+    if len(given) == wanted:
+        return tuple(given)
+    return cut_rows(given[0], rows, language, wanted, names[0]) if wanted > 1 else (fuse_rows(given, rows, language),)
+
+
+def split_rows(fused: Tensor, language: LanguageConfig) -> tuple[Tensor, ...]:
+    """wqkv of InternLM2 -> q, k, v."""
+    return cut_rows(fused, "grouped", language)
 
 
 def join_rows(q: Tensor, k: Tensor, v: Tensor, language: LanguageConfig) -> Tensor:
-    """The inverse of split_rows: q (H d, …), k (K d, …), v (K d, …) -> wqkv ((H + 2 K) d, …)."""
-    groups, d = language.num_kv_heads, language.head_dim
-    rest = q.shape[1:]
-    grouped = [x.reshape(groups, -1, d, *rest) for x in (q, k, v)]
-    return torch.cat(grouped, dim=1).reshape(-1, *rest)
+    """q, k, v -> wqkv of InternLM2."""
+    return fuse_rows((q, k, v), "grouped", language)
+
+
+def stored_shapes(group: Group, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors of a file must have, from our parameters' shapes."""
+    parts = [shapes[name] for name in group.ours]
+    if len(parts) == len(group.stored):
+        return dict(zip(group.stored, parts, strict=True))
+    total, rest = sum(part[0] for part in parts), parts[0][1:]
+    counts = (total,) if len(group.stored) == 1 else row_counts(total, group.rows, language, len(group.stored), group.ours[0])
+    return {name: (count, *rest) for name, count in zip(group.stored, counts, strict=True)}
 
 
 def split(official: str, tensor: Tensor, language: LanguageConfig) -> dict[str, Tensor]:
-    """One tensor of the file -> our parameters."""
-    names = our_names(official, language)
-    if len(names) == 1:
-        return {names[0]: tensor}
-    return dict(zip(names, split_rows(tensor, language), strict=True))
+    """One tensor of an official file -> our parameters."""
+    return group_of_stored(official, "official", language).to_ours([tensor], language)
 
 
 def join(official: str, ours: Mapping[str, Tensor], language: LanguageConfig) -> Tensor:
-    """Our parameters -> one tensor of the file; ours is looked up by our names."""
-    names = our_names(official, language)
-    if len(names) == 1:
-        return ours[names[0]]
-    q, k, v = (ours[name] for name in names)
-    return join_rows(q, k, v, language)
+    """Our parameters -> one tensor of an official file; ours is looked up by our names."""
+    group = group_of_stored(official, "official", language)
+    return group.to_stored([ours[name] for name in group.ours], language)[official]
 
 
 def official_shape(official: str, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> tuple[int, ...]:
-    """The shape that a tensor of the file must have, from our parameters' shapes."""
-    parts = [shapes[name] for name in our_names(official, language)]
-    return (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else ()
+    """The shape that a tensor of an official file must have, from our parameters' shapes."""
+    return stored_shapes(group_of_stored(official, "official", language), shapes, language)[official]

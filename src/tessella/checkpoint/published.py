@@ -46,14 +46,15 @@ TOWERS = {
     "300M": Tower(1024, 24, 16, 4096, "layer_norm", qkv_bias=True, qk_norm=False),
     "6B": Tower(3200, 45, 25, 12800, "rms_norm", qkv_bias=False, qk_norm=True),
 }
-INTERNLM2, QWEN2, QWEN3 = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+INTERNLM2, PHI3, LLAMA = "InternLM2ForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM"
+QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 DECODERS = {
     "InternLM2-1.8B": Decoder(INTERNLM2, 2048, 24, 16, 8, 8192, 92553, 128),
     "InternLM2-7B": Decoder(INTERNLM2, 4096, 32, 32, 8, 14336, 92553, 128),
     "InternLM2-20B": Decoder(INTERNLM2, 6144, 48, 48, 8, 16384, 92553, 128),
-    "Phi-3-mini": Decoder("Phi3ForCausalLM", 3072, 32, 32, 32, 8192, 32020, 96),
-    "Yi-34B": Decoder("LlamaForCausalLM", 7168, 60, 56, 8, 20480, 64007, 128),
-    "Llama-3-70B": Decoder("LlamaForCausalLM", 8192, 80, 64, 8, 28672, 128265, 128),
+    "Phi-3-mini": Decoder(PHI3, 3072, 32, 32, 32, 8192, 32020, 96),
+    "Yi-34B": Decoder(LLAMA, 7168, 60, 56, 8, 20480, 64007, 128),
+    "Llama-3-70B": Decoder(LLAMA, 8192, 80, 64, 8, 28672, 128265, 128),
     "Qwen2-0.5B": Decoder(QWEN2, 896, 24, 14, 2, 4864, 151655, 64),
     "Qwen2.5-0.5B": Decoder(QWEN2, 896, 24, 14, 2, 4864, 151674, 64),
     "Qwen2.5-1.5B": Decoder(QWEN2, 1536, 28, 12, 2, 8960, 151674, 128),

@@ -1,14 +1,16 @@
 """A model folder becomes a model: by memory map, tensor by tensor, strict about names and shapes.
 
-In: "tessella-nano", a folder in the official layout, an adapter folder, or a name on a hub.
+In: "tessella-nano", a folder in the official or the native layout, an adapter folder, or a name on a hub.
 Out: Loaded: model, tokenizer, inputs, config.
 Rules: every tensor of the file is used, listed as unused, or an error; every parameter is filled or an error.
-A head that is tied (llm_config.tie_word_embeddings) but stored all the same is passed over when it equals the embedding
+A head that is tied (tie_word_embeddings) but stored all the same is passed over when it equals the embedding
 table; when it differs, the weights are believed and the model is read as untied.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,10 @@ from tessella.checkpoint.adapters import fit, is_adapter, merge_adapter, read_ad
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
-from tessella.checkpoint.names import EMBEDDING, HEAD, is_computed, official_name, official_shape, split
+from tessella.checkpoint.names import EMBEDDING, HEAD, Group, Layout, as_in_files, group_of, groups_of, is_computed, stored_shapes
 from tessella.checkpoint.published import HUB, PUBLISHED
 from tessella.checkpoint.weights import Weights, open_weights, some
-from tessella.config import LanguageConfig, ModelConfig, load_config
+from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json
 from tessella.errors import CheckpointError, DownloadError, MemoryError_
 from tessella.inputs import Inputs
 from tessella.model.device import choose_device, choose_dtype
@@ -117,31 +119,55 @@ def load_model(
     dtype None keeps each tensor's own type. On the CPU a tensor whose type is kept stays a view of the mapped file;
     writing to it changes our memory, never the file.
     """
-    config = load_config(folder)
+    raw = read_config_json(folder)
+    config, layout = model_config(raw), layout_of(raw)
     weights = open_weights(folder)
-    config = resolve_head(config, weights)
+    config = resolve_head(config, weights, layout)
     model = blank_model(config)
     try:
-        unused = load_weights(model, weights, device=device, dtype=dtype)
+        unused = load_weights(model, weights, layout=layout, device=device, dtype=dtype)
     except torch.OutOfMemoryError as error:
         need = weights.num_bytes() / 2**30
         raise MemoryError_(f"the weights of {folder} are {need:.1f} GiB and do not fit on {device}; take --device cpu") from error
     return model.eval(), unused
 
 
-def resolve_head(config: ModelConfig, weights: Weights) -> ModelConfig:
+def layout_of(raw: Mapping[str, Any]) -> Layout:
+    """Which layout a folder has, by its config.json. Raises ConfigError when it is neither."""
+    return "native" if is_native(raw) else "official"
+
+
+def resolve_head(config: ModelConfig, weights: Weights, layout: Layout = "official") -> ModelConfig:
     """Tied or untied, by the config and, where a head is stored all the same, by the weights."""
     language = config.language
-    head, table = official_name(HEAD, language), official_name(EMBEDDING, language)
-    if not language.tie_embeddings or head not in weights.files or table not in weights.files:
+    files = names_in(weights, layout)
+    head, table = (files.get(group_of(name, layout, language).stored[0]) for name in (HEAD, EMBEDDING))
+    if not language.tie_embeddings or head is None or table is None:
         return config
     if weights.shapes[head] == weights.shapes[table] and torch.equal(weights[head], weights[table]):
         return config
     return replace(config, language=replace(language, tie_embeddings=False))
 
 
+def names_in(weights: Weights, layout: Layout) -> dict[str, str]:
+    """Names as transformers or InternVL write them into files -> names as they stand in these files.
+
+    They differ only where a native folder was written with the names in memory. Raises CheckpointError for both at once.
+    """
+    names = {as_in_files(name) if layout == "native" else name: name for name in weights.files}
+    if len(names) < len(weights.files):
+        twice = [name for name in weights.files if names[as_in_files(name)] != name]
+        raise CheckpointError(f"{some(twice)} stand in the weights under two names; fetch or write the folder again")
+    return names
+
+
 def load_weights(
-    model: VisionLanguageModel, weights: Weights, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: VisionLanguageModel,
+    weights: Weights,
+    *,
+    layout: Layout = "official",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> tuple[str, ...]:
     """Fill a model (on the meta device or any other) from a folder's tensors; gives the names of unused tensors.
 
@@ -149,46 +175,52 @@ def load_weights(
     """
     language = model.config.language
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    unused = _check(weights, shapes, language)
-    for official in weights.files:
-        if official in unused:
-            continue
-        for name, tensor in split(official, weights[official], language).items():
+    groups, files = groups_of(shapes, layout, language), names_in(weights, layout)
+    unused = _check(weights, files, shapes, groups, layout, language)
+    for group in groups:
+        for name, tensor in group.to_ours([weights[files[stored]] for stored in group.stored], language).items():
             _place(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
     return unused
 
 
-def _check(weights: Weights, shapes: dict[str, tuple[int, ...]], language: LanguageConfig) -> tuple[str, ...]:
-    wanted = dict.fromkeys(official_name(name, language) for name in shapes)
-    extra = [name for name in weights.files if name not in wanted]
-    tied_head = official_name(HEAD, language) if HEAD not in shapes else None
-    unused = tuple(name for name in extra if is_computed(name) or name == tied_head)
+def _check(
+    weights: Weights,
+    files: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    groups: list[Group],
+    layout: Layout,
+    language: LanguageConfig,
+) -> tuple[str, ...]:
+    wanted = {name: shape for group in groups for name, shape in stored_shapes(group, shapes, language).items()}
+    extra = [name for name in files if name not in wanted]
+    tied_head = group_of(HEAD, layout, language).stored[0] if HEAD not in shapes else None
+    unused = [name for name in extra if is_computed(name) or name == tied_head]
     unknown = [name for name in extra if name not in unused]
     if any(".lora_" in name or ".base_layer." in name for name in unknown):
         raise CheckpointError(
             f"the weights hold an unmerged LoRA ({some([n for n in unknown if 'lora_' in n], 2)}); "
             "merge it with the tool that wrote it, or give its base and its adapter"
         )
-    missing = [name for name in wanted if name not in weights.files]
+    missing = [name for name in wanted if name not in files]
     if missing or unknown:
         parts = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
         parts += [f"{len(unknown)} are not known: {some(unknown)}"] if unknown else []
         raise CheckpointError(
-            f"config.json asks for {len(wanted)} tensors; {'; '.join(parts)}; "
-            "config.json and weights must be of the same model: fetch the folder again"
+            f"config.json asks for {len(wanted)} tensors of the {layout} layout; {'; '.join(parts)}; "
+            "config.json and weights must be of the same model and layout: fetch the folder again"
         )
     wrong = []
-    for name in wanted:
-        need = official_shape(name, shapes, language)
-        if weights.shapes[name] != need:
-            wrong.append(f"{name} is {weights.shapes[name]}, must be {need}")
+    for name, need in wanted.items():
+        if weights.shapes[files[name]] != need:
+            wrong.append(f"{name} is {weights.shapes[files[name]]}, must be {need}")
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors have another shape than config.json says: {some(wrong, 3)}")
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    whole = [f"{name} ({weights.dtypes[name]})" for name in wanted if weights.dtypes[name] not in floats]
+    types = {name: weights.dtypes[files[name]] for name in wanted}
+    whole = [f"{name} ({dtype})" for name, dtype in types.items() if dtype not in floats]
     if whole:
         raise CheckpointError(f"quantised weights are not read: {some(whole, 3)}; give the folder in bfloat16 or float32")
-    return unused
+    return tuple(files[name] for name in unused)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

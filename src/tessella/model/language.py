@@ -1,9 +1,9 @@
-"""The decoder: embeddings become logits. One file for the InternLM2, Llama and Qwen2 shapes.
+"""The decoder: embeddings become logits. One file for the InternLM2, Llama, Qwen2, Qwen3 and Phi-3 shapes.
 
 In: embeddings (T, D) of all rows back to back.  Out: hidden states (T, D), then logits (T, V).
 T tokens, D width, V vocabulary, Hq and Hk heads of width d.  Parameter names are Llama's in the official checkpoint;
-checkpoint/names.py maps InternLM2's fused tensors onto them.
-Source: modeling_internlm2.py of OpenGVLab/InternVL at 2410d1d; Llama and Qwen2 of huggingface/transformers.
+checkpoint/names.py maps the fused tensors of InternLM2 and Phi-3 onto them.
+Source: modeling_internlm2.py of OpenGVLab/InternVL at 2410d1d; Llama, Qwen2, Qwen3 and Phi-3 of huggingface/transformers.
 """
 
 import torch.nn.functional as F
@@ -23,10 +23,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_kv_heads * d, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, config.num_kv_heads * d, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_heads * d, width, bias=config.output_bias)
+        self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()  # over each head by itself
+        self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        seen = attend(self.layer, rotate(q, *turn), rotate(k, *turn), v)
+        seen = attend(self.layer, rotate(self.q_norm(q), *turn), rotate(self.k_norm(k), *turn), v)
         return self.o_proj(seen.flatten(1))
 
 

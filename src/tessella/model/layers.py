@@ -3,10 +3,12 @@
 T tokens, H heads, D width of a head, C width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from tessella.config import LanguageConfig
+from tessella.config import LanguageConfig, Llama3Rope
 
 
 class RMSNorm(nn.Module):
@@ -36,14 +38,35 @@ def rope_base(config: LanguageConfig, length: int) -> float:
     return config.rope_theta * (factor * length / limit - (factor - 1)) ** (d / (d - 2))
 
 
+def rope_frequencies(config: LanguageConfig, length: int, device: torch.device) -> Tensor:
+    """Radians a position, (D / 2,) float32, for a run of length tokens.
+
+    Source: modeling_rope_utils.py of huggingface/transformers at 5.23 ("longrope", arXiv:2402.13753, and "llama3").
+    """
+    d = config.head_dim
+    frequency = 1.0 / rope_base(config, length) ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if config.rope_long is not None:
+        long = config.rope_long
+        factors = long.long_factor if length > long.original_positions else long.short_factor
+        return frequency / torch.tensor(factors, device=device)
+    if config.rope_llama3 is not None:
+        return _llama3_frequencies(frequency, config.rope_llama3)
+    return frequency
+
+
+def _llama3_frequencies(frequency: Tensor, rope: Llama3Rope) -> Tensor:
+    """Frequencies that turn less than low_freq_factor times in the original length are slowed, from high_freq_factor on not."""
+    turns = rope.original_positions * frequency / (2 * math.pi)  # within the original length
+    blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / rope.factor)
+
+
 def rotary(config: LanguageConfig, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """positions (T,) -> cosine and sine, each (T, 1, D), for rotate_half. Angles are computed in float32."""
-    d = config.head_dim
-    base = rope_base(config, length)
-    frequency = 1.0 / base ** (torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angle = positions.float()[:, None] * frequency
+    angle = positions.float()[:, None] * rope_frequencies(config, length, positions.device)
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    size = 1.0 if config.rope_long is None else config.rope_long.attention_factor
+    return (angle.cos() * size).to(dtype), (angle.sin() * size).to(dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
