@@ -19,7 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from tessella.checkpoint.published import PUBLISHED
 from tessella.errors import ConfigError, TessellaError
 from tessella.foods import STYLES
-from tessella.mistakes import MENDABLE, OUT_OF_MEMORY, is_out_of_memory, tell
+from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, is_out_of_memory, tell
 from tessella.train.recipe import Recipe, load_recipe
 
 ABOUT = """InternVL2 from tiles to tokens to an answer: ask, teach, convert, compare, ask again.
@@ -363,6 +363,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError:
         return tell(OUT_OF_MEMORY)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        return tell(f"{error.name} is not installed; {OPTIONAL[error.name]}")
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
