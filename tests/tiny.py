@@ -1,10 +1,12 @@
 """Tiny random models and official folders with a real tokenizer, for every test that needs one.
 
-In: an architecture ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM").  Out: ModelConfig, model, or folder.
+In: an architecture ("InternLM2ForCausalLM", "LlamaForCausalLM", …), or a family by its name.  Out: ModelConfig, model, folder.
 The weights are random with a spread that makes logits differ clearly (their standard deviation is about 1).
 """
 
 import json
+import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,16 +15,29 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from tessella.chat import TEMPLATES as TEMPLATES_BY_NAME
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
 from tessella.checkpoint.names import join, official_name
-from tessella.config import LanguageConfig, ModelConfig, VisionConfig
+from tessella.config import LanguageConfig, Llama3Rope, LongRope, ModelConfig, VisionConfig
 from tessella.model.vision_language import VisionLanguageModel
 
 ARCHITECTURES = ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "LlamaForCausalLM": "chatml", "Qwen2ForCausalLM": "Hermes-2"}
+TEMPLATES |= {"Qwen3ForCausalLM": "internvl2_5", "Phi3ForCausalLM": "phi3-chat"}
+FAMILIES = {
+    "InternLM2": "InternLM2ForCausalLM",
+    "InternVL-Chat 1.5": "InternLM2ForCausalLM",
+    "Mini-InternVL": "InternLM2ForCausalLM",
+    "Yi": "LlamaForCausalLM",
+    "Llama 3.1": "LlamaForCausalLM",
+    "Qwen2": "Qwen2ForCausalLM",
+    "Qwen3": "Qwen3ForCausalLM",
+    "Phi-3": "Phi3ForCausalLM",
+}
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|plugin|>", "<|interpreter|>", "<|action_end|>")
 CONTROL_TOKENS += ("<|action_start|>", "<|im_end|>", "<|im_start|>")
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+PHI3_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 TEXTS = (
     "What is in this picture? It is a red apple on a white plate.",
     "Please describe the image shortly. There are 3 bowls of rice and 12 dumplings.",
@@ -32,9 +47,17 @@ TEXTS = (
 )
 
 
+LONG_ROPE = LongRope(
+    short_factor=tuple(1 + 0.05 * i for i in range(8)),
+    long_factor=tuple(1.5 + i for i in range(8)),
+    original_positions=256,
+    attention_factor=math.sqrt(1 + math.log(4096 / 256) / math.log(256)),
+)
+
+
 @cache
 def tiny_tokenizer() -> Tokenizer:
-    """Byte-level BPE of 512 entries taught on TEXTS, then the control tokens and InternVL's nine."""
+    """Byte-level BPE of 512 entries taught on TEXTS, control tokens among them, then InternVL's nine and Phi-3's four."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -47,7 +70,7 @@ def tiny_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS + PHI3_TOKENS])
     return tokenizer
 
 
@@ -66,12 +89,31 @@ def tiny_config(architecture: str, *, tie_embeddings: bool = False) -> ModelConf
         norm_eps=1e-5,
         rope_theta=1e4,
         rope_dynamic_factor=2.0 if is_internlm2 else None,
+        rope_long=LONG_ROPE if architecture == "Phi3ForCausalLM" else None,
         max_positions=4096,
         qkv_bias=is_qwen2,
+        qk_norm=architecture == "Qwen3ForCausalLM",
         tie_embeddings=tie_embeddings,
     )
     vision = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, image_size_px=56, layer_scale_init=0.5)
     return ModelConfig(vision, language, TEMPLATES[architecture], tile_size_px=56, max_tiles=12, context_tokens=4096)
+
+
+def family(name: str) -> ModelConfig:
+    """A tiny model of one family of published checkpoints; each also has something that only its kind has."""
+    config = tiny_config(FAMILIES[name])
+    if name == "Llama 3.1":
+        config = replace(config, language=replace(config.language, rope_llama3=Llama3Rope(8.0, 1.0, 4.0, 64)))
+    if name in ("Yi", "InternVL-Chat 1.5"):  # the families with the 6B tower
+        vision = replace(config.vision, norm="rms_norm", qkv_bias=False, qk_norm=True, layer_scale_init=0.1)
+        config = replace(config, vision=vision)
+    if name in ("Yi", "Llama 3.1"):
+        config = replace(config, template="Hermes-2" if name == "Yi" else "internlm2-chat")
+    if name == "Qwen3":  # heads that do not add up to the width, and a head that is the table
+        config = replace(config, language=replace(config.language, head_dim=24, tie_embeddings=True))
+    if name == "Mini-InternVL":
+        config = replace(config, max_tiles=6, select_layer=-2)
+    return config
 
 
 def tiny_model(config: ModelConfig, seed: int = 0) -> VisionLanguageModel:
@@ -109,7 +151,7 @@ def tiny_folder(
     write_weights(path, state, sharded)
     tokenizer = tiny_tokenizer()
     tokenizer.save(str(path / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|im_end|>")
+    end = tokenizer.token_to_id(TEMPLATES_BY_NAME[config.template].end)
     bos = architecture == "InternLM2ForCausalLM"
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": bos, "tokenizer_class": "PreTrainedTokenizerFast"}
     for file, content in {

@@ -189,10 +189,10 @@ def is_native(raw: Mapping[str, Any]) -> bool:
 
 def model_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The dict of a config.json, official or native -> ModelConfig. Raises ConfigError naming the field."""
-    return native_config(raw) if is_native(raw) else official_config(raw)
+    return _native(raw) if is_native(raw) else _official(raw)
 
 
-def official_config(raw: Mapping[str, Any]) -> ModelConfig:
+def _official(raw: Mapping[str, Any]) -> ModelConfig:
     """The dict of an official config.json -> ModelConfig. Raises ConfigError."""
     if raw.get("pad2square"):
         raise ConfigError("config.json: pad2square is true; only the tile rule without padding is known")
@@ -216,7 +216,7 @@ def official_config(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def native_config(raw: Mapping[str, Any]) -> ModelConfig:
+def _native(raw: Mapping[str, Any]) -> ModelConfig:
     """The dict of a native config.json -> ModelConfig. Raises ConfigError.
 
     What this layout cannot say stands in our section "tessella". A folder of others lacks it: its prompt is InternVL 2.5's,
@@ -374,18 +374,24 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {**found, "rope_long": _long_rope(scaling, raw, int(original or raw["max_position_embeddings"]))}
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
-        factors = (float(_need(scaling, key, f"{where}.rope_scaling")) for key in keys)
-        return {**found, "rope_llama3": Llama3Rope(*factors, int(original or raw["max_position_embeddings"]))}
+        factor, low, high = (float(_need(scaling, key, f"{where}.rope_scaling")) for key in keys)
+        return {**found, "rope_llama3": Llama3Rope(factor, low, high, int(original or raw["max_position_embeddings"]))}
     if kind != "default":
         raise ConfigError(f'{where}.rope_scaling is of type "{kind}", we can run "dynamic", "longrope" ("su"), "llama3" or none')
     return found
 
 
 def _long_rope(scaling: Mapping[str, Any], raw: Mapping[str, Any], original: int) -> LongRope:
+    short, long = (
+        tuple(float(x) for x in _need(scaling, key, "rope_scaling of Phi-3")) for key in ("short_factor", "long_factor")
+    )
     factor = float(scaling.get("factor") or int(raw["max_position_embeddings"]) / original)
-    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    factors = (tuple(float(x) for x in _need(scaling, key, "rope_scaling")) for key in ("short_factor", "long_factor"))
-    return LongRope(*factors, original, float(scaling.get("attention_factor") or usual))
+    return LongRope(short, long, original, float(scaling.get("attention_factor") or long_attention_factor(factor, original)))
+
+
+def long_attention_factor(factor: float, original: int) -> float:
+    """What LongRope's attention_factor is where a config does not say it; factor: by how much the length was stretched."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:

@@ -145,12 +145,17 @@ class Inputs:
         ids = [bos] if self.template.add_bos and bos is not None else []
         learn = [False] * len(ids)
         counts = iter(tile_counts)
+        stripping = False  # behind a token that drops the white space after it
         for piece in _joined(pieces):
             if piece.kind == "text":
-                new = self.tokenizer.encode(piece.text)
+                text = piece.text.lstrip() if stripping else piece.text
+                stripping = stripping and not text
+                new = self.tokenizer.encode(text)
             elif piece.kind == "control":
+                stripping = self.tokenizer.strips_after(piece.text)
                 new = [self.tokenizer.id_of(piece.text)]
             else:
+                stripping = self.tokenizer.strips_after("</img>")
                 slots = self.config.slots_per_tile * next(counts)
                 new = [self._image_start, *[self._slot] * slots, self._image_end]
             ids += new

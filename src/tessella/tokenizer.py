@@ -49,6 +49,7 @@ class Added:
 
     name: str
     special: bool = True  # decode leaves it out
+    rstrip: bool = False  # a prompt drops the white space behind it, as Phi-3's
 
 
 class Tokenizer:
@@ -78,7 +79,7 @@ class Tokenizer:
         added = _side_tokens(folder, config)
         if (folder / "tokenizer.json").is_file():
             raw = _read_json(folder / "tokenizer.json")
-            added = {**_json_tokens(raw), **added}
+            added = {**_json_tokens(raw, config), **added}
             vocabulary = JsonVocabulary(raw, folder)
             return cls(vocabulary, added, _bos_id(config, raw, added, vocabulary))
         if (folder / "tokenizer.model").is_file():
@@ -86,7 +87,7 @@ class Tokenizer:
             added = {**pieces.control_tokens(), **added}
             return cls(pieces, added, pieces.bos_id() if config.get("add_bos_token", True) else None)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = JsonVocabulary(_qwen2(folder, config), folder)
+            vocabulary = JsonVocabulary(qwen2_json(folder, config), folder)
             return cls(vocabulary, added, _bos_id(config, {}, added, vocabulary))
         raise CheckpointError(
             f"{folder} holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; copy the base model's"
@@ -128,6 +129,22 @@ class Tokenizer:
 
     def has(self, token: str) -> bool:
         return token in self._ids or self._vocabulary.find(token) is not None
+
+    def strips_after(self, token: str) -> bool:
+        """Whether a prompt drops the white space behind this control token."""
+        return self._added[self._ids[token]].rstrip if token in self._ids else False
+
+    def added_tokens(self) -> dict[int, Added]:
+        """The tokens that text never becomes by itself, by id."""
+        return dict(self._added)
+
+    def name_of(self, token_id: int) -> str:
+        """The name of one token. Raises CheckpointError when there is none."""
+        added = self._added.get(token_id)
+        name = self._vocabulary.piece_of(token_id) if added is None else added.name
+        if name is None:
+            raise CheckpointError(f"no token has the id {token_id:,} among the tokenizer's {self.vocab_size:,}")
+        return name
 
     def id_of(self, token: str) -> int:
         """The id of one token by its name. Raises CheckpointError when there is none."""
@@ -304,10 +321,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _json_tokens(raw: Mapping[str, Any]) -> dict[int, Added]:
+def _json_tokens(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, Added]:
     """added_tokens of a tokenizer.json."""
     rows: Sequence[Mapping[str, Any]] = raw.get("added_tokens") or []
-    return {int(row["id"]): Added(row["content"], bool(row.get("special", True))) for row in rows}
+    return _without_video({int(row["id"]): _added(row) for row in rows}, config)
+
+
+def _without_video(tokens: Mapping[int, Added], config: Mapping[str, Any]) -> dict[int, Added]:
+    """The processor of the native layout names a token for videos, replaces it before ids are made, and so has no row for it.
+
+    transformers 4 names it in extra_special_tokens, 5 in model_specific_special_tokens or at the top.
+    """
+    places = (config, config.get("extra_special_tokens"), config.get("model_specific_special_tokens"))
+    names = [place["video_token"] for place in places if isinstance(place, Mapping) and "video_token" in place]
+    videos = [name["content"] if isinstance(name, Mapping) else name for name in names]
+    return {token_id: token for token_id, token in tokens.items() if token.name not in videos}
+
+
+def _added(row: Mapping[str, Any]) -> Added:
+    return Added(row["content"], bool(row.get("special", True)), bool(row.get("rstrip", False)))
 
 
 def _side_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Added]:
@@ -324,8 +356,8 @@ def _side_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Added]:
                 f'{folder}: id {key} is "{known.name}" in added_tokens.json, but "{row["content"]}" in tokenizer_config.json; '
                 "copy both from the base model"
             )
-        tokens[int(key)] = Added(row["content"], bool(row.get("special", True)))
-    return tokens
+        tokens[int(key)] = _added(row)
+    return _without_video(tokens, config)
 
 
 def _bos_id(config: Mapping[str, Any], raw: Mapping[str, Any], added: Mapping[int, Added], vocabulary: Vocabulary) -> int | None:
@@ -355,7 +387,7 @@ def _front_tokens(processor: Any) -> list[str]:
     return names
 
 
-def _qwen2(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def qwen2_json(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """vocab.json and merges.txt -> what a tokenizer.json would hold. Source: Qwen2Converter of transformers."""
     kind = config.get("tokenizer_class", "Qwen2Tokenizer")
     if kind not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):

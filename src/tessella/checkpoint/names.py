@@ -170,10 +170,10 @@ def _find(name: str, table: Mapping[str, Group]) -> Group:
     for cut in (path, path.rpartition(".")[0]):  # a module or a bare parameter, else the module of a parameter
         if cut in table:
             number, leaf = found[2] if found else "", path[len(cut) :]
-            group = table[cut]
-            return Group(
-                *(tuple(part.replace("#", number) + leaf for part in side) for side in (group.ours, group.stored)), group.rows
+            ours, stored = (
+                tuple(part.replace("#", number) + leaf for part in side) for side in (table[cut].ours, table[cut].stored)
             )
+            return Group(ours, stored, table[cut].rows)
     return Group((name,), (name,))
 
 

@@ -1,68 +1,154 @@
-"""A model becomes a folder in the official layout that InternVL's own code and other engines open.
+"""A model becomes a folder in the official layout, which InternVL's own code opens, or in the native one of transformers.
 
 In: our parameters (made one at a time), a config, and the folder whose side files are carried over.
 Out: config.json, generation_config.json, weights in one file or shards with an index, tokenizer files, and our manifest.
 The folder appears whole or not at all (folder.py); tied heads are not stored twice.
+A native folder keeps the official side files in the subfolder "official", untouched, so that the way back finds them.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from tessella.chat import template_named
 from tessella.checkpoint.folder import MANIFEST, new_folder
-from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
-from tessella.checkpoint.names import join, official_name, official_shape, our_names
+from tessella.checkpoint.jinja import SLOT, chat_template
+from tessella.checkpoint.layout import (
+    generation_config,
+    native_config,
+    native_processor_files,
+    official_config,
+    preprocessor_config,
+)
+from tessella.checkpoint.names import Group, Layout, groups_of, stored_shapes
+from tessella.checkpoint.tokenizer_files import native_tokenizer_files
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
-from tessella.config import LanguageConfig, ModelConfig, read_config_json, read_json
+from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
 from tessella.errors import CheckpointError
+from tessella.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9  # as the official folders
+KEPT = "official"  # the subfolder of a native folder that holds the official side files
 # Files of the base that are carried over as they are; the weights and the JSONs that we write ourselves are not.
 SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".jinja", ".md")
 OUR_FILES = ("config.json", "generation_config.json", INDEX, MANIFEST, "adapter_config.json")
+# Of a base in the other layout nothing but the tokenizer's files means the same.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
-def write_official(
+def write_model(
     parameters: Sequence[Entry],
     folder: Path,
     config: ModelConfig,
     *,
     end_ids: Sequence[int],
+    layout: Layout = "official",
     base_folder: Path | None = None,
     files: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write an official folder.
+    """Write a model folder.
 
     parameters: under our names, every parameter of the config's model.  end_ids: tokens that end a turn, for generation_config.
-    base_folder: its config.json is kept but for what we changed, its tokenizer and *.py are carried over untouched.
+    base_folder: a folder of either layout; what its config.json says beyond ours stays, tokenizer and *.py are carried over.
     files: further text files by name, as {"tokenizer.json": …}; at least a tokenizer when there is no base_folder.
     check: called with the folder while it still lies aside; what it raises leaves nothing behind.
-    Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written.
+    Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written;
+    ConfigError when the layout cannot say what the model is.
     """
-    entries = _entries(parameters, config.language)
-    shards = _shards(entries, shard_bytes)
+    entries = stored_entries(parameters, layout, config.language)
+    shards = plan_shards(entries, shard_bytes)
     num_bytes = sum(entry.num_bytes for entry in entries)
-    side_bytes = sum(path.stat().st_size for path in side_files(base_folder)) if base_folder else 0
     hashes: dict[str, str] = {}
-    with new_folder(folder, num_bytes=num_bytes + side_bytes, force=force, known_hashes=hashes) as aside:
-        for path in side_files(base_folder) if base_folder else ():
-            shutil.copyfile(path, aside / path.name)
-        for name, text in (files or {}).items():
-            (aside / name).write_text(text, encoding="utf-8")
-        _write_json_files(aside, config, dtype_name(entries), end_ids, base_folder)
+    with new_folder(folder, num_bytes=num_bytes + _side_bytes(base_folder), force=force, known_hashes=hashes) as aside:
+        write_side_files(aside, config, layout, dtype_name(entries), end_ids, base_folder, files or {})
         for name, part in shards.items():
             hashes[name] = write_file(aside / name, part)
         if len(shards) > 1:
-            weight_map = {entry.name: name for name, part in shards.items() for entry in part}
-            _write_json(aside / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+            write_index(aside, shards)
         if check is not None:
             check(aside)
     return folder
+
+
+write_official = partial(write_model, layout="official")
+write_native = partial(write_model, layout="native")
+
+
+# ---- everything but the weights
+
+
+def write_side_files(
+    folder: Path,
+    config: ModelConfig,
+    layout: Layout,
+    stored: str,
+    end_ids: Sequence[int],
+    base_folder: Path | None,
+    files: Mapping[str, str],
+) -> None:
+    """All files of a model folder but its weights, into an existing empty folder. stored: the weights' type, as "bfloat16"."""
+    official = folder / KEPT if layout == "native" else folder
+    official.mkdir(exist_ok=True)
+    kept = official_side(base_folder) if base_folder else None
+    for path in kept.files if kept else ():
+        shutil.copyfile(path, official / path.name)
+    for name, text in files.items():
+        (official / name).write_text(text, encoding="utf-8")
+    old_generation = read_json(kept.generation) if kept and kept.generation else {}
+    _write_json(official / "config.json", _official_json(config, stored, kept.config if kept else None))
+    _write_json(official / "generation_config.json", generation_config(old_generation, end_ids))
+    if not (official / "preprocessor_config.json").is_file():
+        _write_json(official / "preprocessor_config.json", preprocessor_config(config))
+    if layout == "native":
+        _write_native_files(folder, official, config, stored, end_ids)
+
+
+def _write_native_files(folder: Path, official: Path, config: ModelConfig, stored: str, end_ids: Sequence[int]) -> None:
+    """The native folder's own files, from the official ones that lie in its subfolder."""
+    for name, text in native_tokenizer_files(official).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    tokenizer, template = Tokenizer.load(folder), template_named(config.template)
+    raw = native_config(config, stored, image_token_id=tokenizer.id_of(SLOT), end_id=end_ids[0])
+    _write_json(folder / "config.json", raw)
+    _write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
+    bos = tokenizer.name_of(tokenizer.bos_id) if template.add_bos and tokenizer.bos_id is not None else None
+    (folder / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
+    for name, content in native_processor_files(config).items():
+        _write_json(folder / name, content)
+
+
+@dataclass(frozen=True)
+class OfficialSide:
+    """What a base folder of either layout holds for an official one."""
+
+    files: list[Path]
+    config: dict[str, Any] | None
+    generation: Path | None
+
+
+def official_side(base_folder: Path) -> OfficialSide:
+    """The official side files of a base: its own, or those that a native folder keeps, or of a stranger's the tokenizer."""
+    folder = base_folder
+    if is_native(read_config_json(base_folder)):
+        folder = base_folder / KEPT
+        if not (folder / "config.json").is_file():
+            return OfficialSide([base_folder / name for name in TOKENIZER_FILES if (base_folder / name).is_file()], None, None)
+    generation = folder / "generation_config.json"
+    return OfficialSide(side_files(folder), read_config_json(folder), generation if generation.is_file() else None)
+
+
+def _side_bytes(base_folder: Path | None) -> int:
+    # twice: a native folder holds the tokenizer in both forms
+    return 2 * sum(path.stat().st_size for path in official_side(base_folder).files) if base_folder else 0
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -80,28 +166,28 @@ def dtype_name(entries: Sequence[Entry]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _entries(parameters: Sequence[Entry], language: LanguageConfig) -> list[Entry]:
-    """Our parameters as tensors of the file, InternLM2's q, k and v joined when their turn comes."""
-    shapes = {parameter.name: parameter.shape for parameter in parameters}
+def stored_entries(parameters: Sequence[Entry], layout: Layout, language: LanguageConfig) -> list[Entry]:
+    """Our parameters as tensors of the file, joined or cut when their turn comes."""
     by_name = {parameter.name: parameter for parameter in parameters}
+    shapes = {parameter.name: parameter.shape for parameter in parameters}
 
-    def entry(official: str) -> Entry:
-        ours = our_names(official, language)
-        missing = [name for name in ours if name not in by_name]
+    def make(group: Group, stored: str) -> Tensor:
+        return group.to_stored([by_name[name].make() for name in group.ours], language)[stored]
+
+    entries = []
+    for group in groups_of(by_name, layout, language):
+        missing = [name for name in group.ours if name not in by_name]
         if missing:
-            raise CheckpointError(f"{official} cannot be written without {', '.join(missing)}")
-        dtype = by_name[ours[0]].dtype
-        return Entry(
-            official,
-            official_shape(official, shapes, language),
-            dtype,
-            lambda: join(official, {name: by_name[name].make() for name in ours}, language),
-        )
-
-    return [entry(official) for official in dict.fromkeys(official_name(name, language) for name in by_name)]
+            raise CheckpointError(f"{group.stored[0]} cannot be written without {', '.join(missing)}")
+        dtype = by_name[group.ours[0]].dtype
+        entries += [
+            Entry(stored, shape, dtype, partial(make, group, stored))
+            for stored, shape in stored_shapes(group, shapes, language).items()
+        ]
+    return entries
 
 
-def _shards(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
+def plan_shards(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
     """File name -> its tensors; a file is at most shard_bytes unless one tensor alone is larger."""
     parts: list[list[Entry]] = [[]]
     filled = 0
@@ -116,22 +202,27 @@ def _shards(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _write_json_files(folder: Path, config: ModelConfig, stored: str, end_ids: Sequence[int], base_folder: Path | None) -> None:
-    raw = official_config(config, stored)
-    old: dict[str, Any] = {}
-    if base_folder is not None:
-        base = read_config_json(base_folder)
-        tied = config.language.tie_embeddings
-        raw = {**base, "torch_dtype": stored, "use_backbone_lora": 0, "use_llm_lora": 0}
-        if bool(base["llm_config"].get("tie_word_embeddings", False)) != tied:  # resolve_head believed the weights
-            raw["llm_config"] = {**base["llm_config"], "tie_word_embeddings": tied}
-            raw["tie_word_embeddings"] = tied
-        if (base_folder / "generation_config.json").is_file():
-            old = read_json(base_folder / "generation_config.json")
-    _write_json(folder / "config.json", raw)
-    _write_json(folder / "generation_config.json", generation_config(old, end_ids))
-    if not (folder / "preprocessor_config.json").is_file():
-        _write_json(folder / "preprocessor_config.json", preprocessor_config(config))
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+    """The index of a folder's shards."""
+    weight_map = {entry.name: name for name, part in shards.items() for entry in part}
+    total = sum(entry.num_bytes for part in shards.values() for entry in part)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _official_json(config: ModelConfig, stored: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json: the base's own, but for what we changed; ours where there is none, or it is of another model by now."""
+    if base is None or _untied(model_config(base)) != _untied(config):
+        return official_config(config, stored)
+    raw = {**base, "torch_dtype": stored, "use_backbone_lora": 0, "use_llm_lora": 0}
+    tied = config.language.tie_embeddings
+    if bool(base["llm_config"].get("tie_word_embeddings", False)) != tied:  # resolve_head believed the weights
+        raw["llm_config"] = {**base["llm_config"], "tie_word_embeddings": tied}
+        raw["tie_word_embeddings"] = tied
+    return raw
+
+
+def _untied(config: ModelConfig) -> ModelConfig:
+    return replace(config, language=replace(config.language, tie_embeddings=False))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
