@@ -137,8 +137,8 @@ def table(rows: list[str], command: str) -> str:
         [
             "# transformers that open our native export",
             "",
-            "What `tessella convert tessella-nano OUT --to native` writes, opened in float32 by each and compared with our own model:",
-            f"ids of the prompts by its tokenizer, {ANSWER_TOKENS} greedy ids, and the largest difference of a logit for each prompt",
+            "What `tessella convert tessella-nano OUT --to native` writes, opened in float32 by each and compared with our own:",
+            f"ids of the prompts by its tokenizer, {ANSWER_TOKENS} greedy ids, the largest difference of a logit for each prompt",
             f"(limit {LIMIT:g}). What a version cannot be asked is left empty.",
             "",
             f"`{command}`, commit {commit.strip()}, {time.strftime('%Y-%m-%d', time.gmtime())}, {hardware()}",
