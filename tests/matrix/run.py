@@ -62,7 +62,7 @@ def versions() -> list[Version]:
     return [Version(row["transformers"], row["torch"]) for row in raw["version"]]
 
 
-def write_truth(model: str | Path, folder: Path) -> None:
+def write_truth(model: str | Path, folder: Path, answer_tokens: int = ANSWER_TOKENS) -> None:
     """Our own prompts, logits and answers in float32 on the CPU: truth.safetensors and texts.json in folder."""
     loaded = load(model, device="cpu", dtype="float32")
     tensors, texts = {}, {}
@@ -70,7 +70,7 @@ def write_truth(model: str | Path, folder: Path) -> None:
         inputs = Inputs(loaded.config, loaded.tokenizer, max_tiles=min(tiles, loaded.config.max_tiles))
         messages = [Message("user", place_marks(question, pictures))]
         prompt = inputs.build(messages, [Picture(PICTURE)] * pictures)
-        answer = list(generate(loaded.model, prompt, SamplingParams(max_tokens=ANSWER_TOKENS), stop_ids=()))
+        answer = list(generate(loaded.model, prompt, SamplingParams(max_tokens=answer_tokens), stop_ids=()))
         tensors |= {
             f"{name}:ids": prompt.ids,
             f"{name}:logits": logits_on(loaded.model, [prompt])[0].contiguous(),
