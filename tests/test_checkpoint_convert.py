@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from tessella.checkpoint import convert as convert_module
-from tessella.checkpoint.adapters import AdapterSettings, fit, read_adapter, save_adapter
-from tessella.checkpoint.convert import convert_adapter
+from tessella.checkpoint.adapters import AdapterSettings, read_adapter, save_adapter
+from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.folder import MANIFEST
+from tessella.checkpoint.lowrank import Adapter, fit
 from tessella.checkpoint.read import find_model, load, load_model
+from tessella.checkpoint.source import Origin
 from tessella.checkpoint.verify import compare, logits_on, probes
 from tessella.errors import CheckpointError, ConfigError
 from tessella.model.vision_language import VisionLanguageModel
@@ -69,9 +70,10 @@ def test_a_converted_folder_answers_like_base_and_adapter(tmp_path: Path, archit
     base = tiny.tiny_folder(tmp_path / "base", architecture, sharded=sharded)
     state = lora_state(load_model(base)[0])
     save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA))
-    result = convert_adapter(tmp_path / "adapter", tmp_path / "out")
-    assert result.proof.holds and result.proof.largest_difference < 1e-4 and result.proof.equal_argmax == 1
-    assert result.proof.prompts == 3 and result.merged_pairs == 14
+    result = convert(tmp_path / "adapter", tmp_path / "out")
+    logits = result.proof.logits
+    assert logits is not None and logits.largest_difference < 1e-4 and logits.equal_argmax == 1 and logits.prompts == 4
+    assert result.proof.holds and result.merged_pairs == result.proof.tensors.merged == 14
     assert result.as_json()["largest_logit_difference"] == result.proof.largest_difference
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {**written, "torch_dtype": None} == {**json.loads((base / "config.json").read_text()), "torch_dtype": None}
@@ -85,7 +87,7 @@ def test_our_merge_equals_pefts_own(base: Path, adapter: Path, tmp_path: Path) -
     peft = pytest.importorskip("peft", reason="PEFT is the oracle of this test; it is in the train extra")
     model, _ = load_model(base)
     theirs = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    convert_adapter(adapter, tmp_path / "out")
+    convert(adapter, tmp_path / "out")
     ours, _ = load_model(tmp_path / "out")
     for (name, found), (_, wanted) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6, rtol=0), name
@@ -105,7 +107,7 @@ def test_an_adapter_that_peft_wrote_is_read_with_its_patterns(base: Path, tmp_pa
     )
     model = peft.get_peft_model(load_model(base)[0], config)
     model.save_pretrained(tmp_path / "adapter")
-    convert_adapter(tmp_path / "adapter", tmp_path / "out", base=base)
+    convert(tmp_path / "adapter", tmp_path / "out", origin=Origin(str(base)))
     theirs = model.merge_and_unload()
     for (name, found), (_, wanted) in zip(
         load_model(tmp_path / "out")[0].named_parameters(), theirs.named_parameters(), strict=True
@@ -119,13 +121,13 @@ def test_an_adapter_on_internlm2s_fused_rows_is_split_by_the_same_grouping(tmp_p
     a, b = torch.randn(RANK, 64) / 8, torch.randn(128, RANK) / 8
     state = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA))
-    convert_adapter(tmp_path / "adapter", tmp_path / "out")
+    convert(tmp_path / "adapter", tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors")[f"{module}.weight"] for folder in (base, tmp_path / "out"))
     assert torch.allclose(after, before + ALPHA / RANK * b @ a, atol=1e-5)
 
 
 def test_a_loaded_adapter_answers_like_the_converted_folder(base: Path, adapter: Path, tmp_path: Path) -> None:
-    convert_adapter(adapter, tmp_path / "out")
+    convert(adapter, tmp_path / "out")
     merged = load(tmp_path / "out", dtype="float32", device="cpu")
     direct = load(adapter, dtype="float32", device="cpu")  # names its own base
     named = load(base, adapter=adapter, dtype="float32", device="cpu")
@@ -141,10 +143,10 @@ def test_bfloat16_is_stored_as_the_base_and_float32_when_asked(tmp_path: Path) -
     base = tiny.tiny_folder(tmp_path / "base", INTERNLM2, dtype=torch.bfloat16)
     state = lora_state(load_model(base)[0])
     save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA))
-    result = convert_adapter(tmp_path / "adapter", tmp_path / "out")
-    assert result.stored == "bfloat16" and result.proof.limit > 0.1
+    result = convert(tmp_path / "adapter", tmp_path / "out")
+    assert result.stored == "bfloat16" and result.proof.logits is not None and result.proof.logits.limit > 0.1
     assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
-    wide = convert_adapter(tmp_path / "adapter", tmp_path / "wide", dtype="float32")
+    wide = convert(tmp_path / "adapter", tmp_path / "wide", Wish(dtype="float32"))
     assert wide.stored == "float32" and wide.proof.largest_difference < 1e-4
 
 
@@ -153,15 +155,15 @@ def test_an_adapter_too_faint_for_bfloat16_is_refused_and_kept_in_float32(tmp_pa
     state = lora_state(load_model(base)[0], scale=1e-3)
     save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA))
     with pytest.raises(CheckpointError, match="loses the adapter"):
-        convert_adapter(tmp_path / "adapter", tmp_path / "out")
+        convert(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert convert_adapter(tmp_path / "adapter", tmp_path / "out", dtype="float32").proof.holds
+    assert convert(tmp_path / "adapter", tmp_path / "out", Wish(dtype="float32")).proof.holds
 
 
 def test_a_wrong_merge_is_not_kept(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classic faults: rows in another order, a forgotten scale, a forgotten tensor."""
-    whole = convert_module._merged
-    name = "language_model.model.layers.1.self_attn.k_proj.weight"
+    whole = Adapter.merged
+    wrong = "language_model.model.layers.1.self_attn.k_proj.weight"
     faults: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda new, _: new.flip(0),
         lambda new, old: (new + old) / 2,
@@ -169,13 +171,14 @@ def test_a_wrong_merge_is_not_kept(base: Path, adapter: Path, tmp_path: Path, mo
     ]
     for fault in faults:
 
-        def merged(adapter, entry, weight, fault=fault):  # type: ignore[no-untyped-def]
-            new = whole(adapter, entry, weight)
-            return fault(new, weight) if entry.name == name else new
+        def merged(self, name, weight, fault=fault):  # type: ignore[no-untyped-def]
+            new = whole(self, name, weight)
+            return fault(new, weight) if name == wrong else new
 
-        monkeypatch.setattr(convert_module, "_merged", merged)
-        with pytest.raises(CheckpointError, match="does not answer like the unmerged model"):
-            convert_adapter(adapter, tmp_path / "out")
+        with monkeypatch.context() as patch:
+            patch.setattr(Adapter, "merged", merged)
+            with pytest.raises(CheckpointError, match=r"k_proj\.weight is not what the merge gives"):
+                convert(adapter, tmp_path / "out", Wish(proof="tensors"))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -183,7 +186,7 @@ def test_an_untrained_adapter_is_told(base: Path, tmp_path: Path) -> None:
     state = lora_state(load_model(base)[0], scale=0.0)
     save_adapter(tmp_path / "adapter", state, AdapterSettings(str(base), RANK, ALPHA))
     with pytest.raises(CheckpointError, match="changes nothing"):
-        convert_adapter(tmp_path / "adapter", tmp_path / "out")
+        convert(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +199,7 @@ def test_tensors_without_a_place_or_of_another_shape_are_named(base: Path, adapt
 
     change_state(adapter, stray)
     with pytest.raises(CheckpointError, match=r"1 of 21 .*layers\.7\.self_attn\.q_proj"):
-        convert_adapter(adapter, tmp_path / "out", base=other)
+        convert(adapter, tmp_path / "out", origin=Origin(str(other)))
 
     def mend(state: dict[str, Tensor]) -> None:
         del state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"]
@@ -224,19 +227,19 @@ def test_an_adapter_that_we_cannot_honour_is_refused(
 ) -> None:
     change_config(adapter, **fields)
     with pytest.raises(CheckpointError, match=message):
-        convert_adapter(adapter, tmp_path / "out")
+        convert(adapter, tmp_path / "out")
 
 
 def test_broken_adapter_folders_are_told(base: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
-        convert_adapter(base, tmp_path / "out", base=base)
+    with pytest.raises(CheckpointError, match="needs no base"):
+        convert(base, tmp_path / "out", origin=Origin(str(base)))
 
     def halve(state: dict[str, Tensor]) -> None:
         del state[next(name for name in state if "lora_B" in name)]
 
     change_state(adapter, halve)
     with pytest.raises(CheckpointError, match="do not both stand"):
-        convert_adapter(adapter, tmp_path / "out")
+        convert(adapter, tmp_path / "out")
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
         find_model(adapter)
@@ -247,33 +250,33 @@ def test_only_our_own_unchanged_folder_is_written_over_and_only_when_forced(adap
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="not made by tessella"):
-        convert_adapter(adapter, out, force=True)
+        convert(adapter, out, Wish(force=True))
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     (out / "thesis.txt").unlink()
-    convert_adapter(adapter, out)  # an empty folder is free
+    convert(adapter, out)  # an empty folder is free
     with pytest.raises(CheckpointError, match="--force"):
-        convert_adapter(adapter, out)
-    assert convert_adapter(adapter, out, force=True).proof.holds
+        convert(adapter, out)
+    assert convert(adapter, out, Wish(force=True)).proof.holds
     (out / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"changed since we made it \(notes\.txt\)"):
-        convert_adapter(adapter, out, force=True)
+        convert(adapter, out, Wish(force=True))
     (out / "notes.txt").unlink()
     (out / "config.json").write_text((out / "config.json").read_text().replace("true", "True"))
     with pytest.raises(CheckpointError, match=r"changed since we made it \(config\.json\)"):
-        convert_adapter(adapter, out, force=True)
+        convert(adapter, out, Wish(force=True))
     assert (out / MANIFEST).is_file()
 
 
 def test_a_place_or_type_that_cannot_be_is_told_before_any_work(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="does not let us write"):
-        convert_adapter(adapter, tmp_path / "file" / "out")
+        convert(adapter, tmp_path / "file" / "out")
     with pytest.raises(ConfigError, match="int8"):
-        convert_adapter(adapter, tmp_path / "out", dtype="int8")
+        convert(adapter, tmp_path / "out", Wish(dtype="int8"))
 
 
 def test_base_or_adapter_are_never_the_place_to_write_to(base: Path, adapter: Path) -> None:
     for place in (base, adapter):
         with pytest.raises(CheckpointError):
-            convert_adapter(adapter, place, force=True)
+            convert(adapter, place, Wish(force=True))
     assert load_model(base) and read_adapter(adapter)

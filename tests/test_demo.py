@@ -55,7 +55,7 @@ def test_a_stopped_demo_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "convert_adapter", stop)
+        patch.setattr(demo, "convert", stop)
         with pytest.raises(KeyboardInterrupt):
             run(plan, QUIET)
     metrics = plan.output / "training" / "metrics.jsonl"

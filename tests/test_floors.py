@@ -28,7 +28,7 @@ FLOORS = {
     "cli": 5,
 }
 # These stand beside cli.py for their length alone: one room.
-JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes")
+JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification")
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"
 

@@ -54,14 +54,35 @@ examples:
 
 Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""
 
-CONVERT = """Merge what was taught into its base, write the official layout, and prove that nothing changed.
+CONVERT = """Any layout into any other, and the proof that nothing changed. What IN is, is recognised:
+
+  official layout     InternVL2's own, which InternVL's code, LMDeploy and vLLM open
+  native layout       that of transformers' own InternVL, without remote code
+  adapter             PEFT's files, as finetune writes them; it may lie on another adapter
+  LoRA checkpoint     of the official training code (use_llm_lora, use_backbone_lora)
+  XTuner's .pth       a file, or DeepSpeed's folder of that name; opened without running code
 
 examples:
-  tessella convert runs/food ./InternVL2-2B-food --to official
-  tessella convert runs/food ./out --base ./InternVL2-2B         the base has moved since
+  tessella convert runs/food ./InternVL2-2B-food --to official        merged into the base that it names
+  tessella convert runs/food ./out --base ./InternVL2-2B              the base has moved since
+  tessella convert ./InternVL2-2B ./InternVL2-2B-hf --to native       and back: --to official, bit for bit
+  tessella convert runs/food ./food-hf --to adapter --names native    the adapter alone, for PEFT on transformers' class
+  tessella convert iter_640.pth ./merged --base ./InternVL2-2B --xtuner-config internvl_v2_2b_lora.py
+  tessella convert ./lora-checkpoint ./split --to adapter             adapter in ./split, its base in ./split/base
 
-The folder is reloaded and its logits on real prompts are compared with the unmerged model; too large a difference is an error.
-A folder that Tessella did not make is never written over."""
+OUT is reloaded and compared with IN: tensors bit by bit, or with the merge done again in float64; prompts and ids; logits
+where a merge rounds and the model is at most 16 GiB in float32. A difference is an error, and OUT is not kept.
+It takes little memory at any size. Stopped, it is gone on with by the same command. A folder that Tessella did not make is
+never written over."""
+
+VERIFY = """Are two folders the same model? Config, every tensor, prompts and ids, and logits where they tell more.
+
+examples:
+  tessella verify ./InternVL2-2B ./InternVL2-2B-hf                    two layouts of one model
+  tessella verify runs/food ./InternVL2-2B-food                       an adapter and what it was merged into
+  tessella verify tessella-nano ./nano-hf --engines transformers      and do others answer alike?
+
+A and B are whatever convert takes, hub names too. Exit code 0: the same; 1: they differ; 2: one cannot be read."""
 
 EVALUATE = """Score models side by side on the same questions, through the same prompts that taught them.
 
@@ -163,23 +184,59 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Convert:
-    source: Annotated[Positional[Path], arg(metavar="IN", help="Adapter folder, as finetune writes it.")]
+    source: Annotated[Positional[str], arg(metavar="IN", help="Model, adapter, LoRA checkpoint, .pth, or tessella-nano.")]
     out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to make.")]
-    to: Literal["official"] = "official"
-    """Layout of OUT: the official InternVL2 one, which other engines open."""
+    to: Literal["official", "native", "adapter"] = "official"
+    """Layout of OUT; adapter: only what was taught, apart from its base."""
+    names: Literal["ours", "official", "native"] = "ours"
+    """Whose names an adapter's modules get; official has InternLM2's fused wqkv, native is for transformers' own class."""
     base: str | None = None
     """The base model; default: the one that the adapter names."""
+    xtuner_config: Path | None = None
+    """Of a .pth: XTuner's config file, where its lora_alpha stands; it is read as text, not run."""
+    lora_alpha: float | None = None
+    """Of a .pth: lora_alpha of the language model's LoRA, instead of the config."""
+    tower_lora_alpha: float | None = None
+    """Of a .pth: lora_alpha of the tower's LoRA."""
+    shard_gb: float = 5.0
+    """Most GB (10^9 bytes) a file of weights holds; a model of more is written as shards."""
+    proof: Literal["auto", "tensors", "logits"] = "auto"
+    """tensors never runs the models, logits always does."""
     force: bool = False
     """Write over OUT if Tessella made it."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
-        from tessella.checkpoint.convert import convert_adapter  # torch
+        from tessella.checkpoint.convert import Wish, convert  # torch
+        from tessella.checkpoint.source import Origin  # torch
 
-        stored = "base" if self.place.dtype == "auto" else self.place.dtype  # auto: each tensor in the base's own type
-        result = convert_adapter(self.source, self.out, base=self.base, force=self.force, dtype=stored, device=self.place.device)
-        print(f"{result.folder}: {result.merged_pairs} layers merged, stored in {result.stored}\nproved: {result.proof}")
+        wish = Wish(
+            to=self.to,
+            names=self.names,
+            dtype="base" if self.place.dtype == "auto" else self.place.dtype,  # auto: each tensor in its own type
+            shard_bytes=int(self.shard_gb * 1e9),
+            force=self.force,
+            proof=self.proof,
+            device=self.place.device,
+        )
+        origin = Origin(self.base, self.xtuner_config, self.lora_alpha, self.tower_lora_alpha)
+        result = convert(self.source, self.out, wish, origin)
+        print(f"{result.folder}: {result.about}\nproved: {result.proof}")
         return result.as_json()
+
+
+@dataclass(frozen=True)
+class Verify:
+    a: Annotated[Positional[str], arg(metavar="A", help="A model in any form that convert takes.")]
+    b: Annotated[Positional[str], arg(metavar="B", help="Another.")]
+    proof: Literal["auto", "tensors", "logits"] = "auto"
+    """tensors never runs the models, logits always does."""
+    place: Here = field(default_factory=Place)
+
+    def run(self) -> Result:
+        from tessella.verification import verify  # torch
+
+        return verify(self.a, self.b, self.proof, self.place.device)
 
 
 @dataclass(frozen=True)
@@ -286,13 +343,14 @@ class Demo:
         return run(plan).as_json()
 
 
-Command = Chat | Finetune | Convert | Evaluate | Inspect | Demo
+Command = Chat | Finetune | Convert | Verify | Evaluate | Inspect | Demo
 # Each with what its own --help says; the list of commands shows the first line.
 COMMANDS: dict[str, tuple[type[Command], str]] = {
     "demo": (Demo, DEMO),
     "chat": (Chat, CHAT),
     "finetune": (Finetune, FINETUNE),
     "convert": (Convert, CONVERT),
+    "verify": (Verify, VERIFY),
     "evaluate": (Evaluate, EVALUATE),
     "inspect": (Inspect, INSPECT),
 }
@@ -342,7 +400,7 @@ def front_page() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit code: 0 done, 2 something a person can mend, 130 stopped by Ctrl-C."""
+    """Run one command; gives the exit code: 0 done, 1 verify found a difference, 2 something a person can mend, 130 Ctrl-C."""
     words = sys.argv[1:] if words is None else list(words)
     try:
         command = parse(words)
@@ -352,7 +410,9 @@ def main(words: Sequence[str] | None = None) -> int:
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}
         if path is not None:
             write_json(path.expanduser(), result)
-        return 130 if result.get("stopped_by") == "interrupted" else 0  # finetune saves on Ctrl-C and ends in good order
+        if result.get("stopped_by") == "interrupted":  # finetune saves on Ctrl-C and ends in good order
+            return 130
+        return 1 if result.get("differs") else 0
     except TessellaError as error:
         return tell(str(error))
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from tessella.chat import IMAGE_MARK, Message, place_marks
-from tessella.checkpoint.convert import convert_adapter
+from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import load
 from tessella.errors import ConfigError, DataError
 from tessella.evaluate.metrics import Interval, wilson
@@ -196,7 +196,7 @@ def run(plan: Plan, console: Console | None = None) -> Outcome:
     with step("convert", "Merge, write the official layout, and prove that nothing changed"):
         for stale in (plan.output / "answers").glob(f"{converted.name}-*.jsonl"):
             stale.unlink()  # of a converted model that is written anew now
-        proof = convert_adapter(trained.adapter, converted, force=True).proof
+        proof = convert(trained.adapter, converted, Wish(force=True)).proof
         outcome.largest_logit_difference = proof.largest_difference
         console.print(f"  proved: {proof}", highlight=False)
     with step("after", "Score the converted model on the same questions"):

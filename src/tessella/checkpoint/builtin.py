@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from tessella.checkpoint import smollm2
-from tessella.checkpoint.adapters import Adapter, Pair, fit, read_adapter
+from tessella.checkpoint.adapters import read_adapter
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.folder import MANIFEST, read_manifest
+from tessella.checkpoint.lowrank import Adapter, Pair, fit
 from tessella.checkpoint.packing import read_packed, write_packed
 from tessella.checkpoint.smollm2 import LANGUAGE
 from tessella.checkpoint.weights import Entry, entries_of

@@ -1,30 +1,64 @@
-"""Adapter and base become one official folder, and it is proved that the folder answers like the two.
+"""Any layout into any other, and the proof that nothing changed.
 
-In: an adapter folder, its base.  Out: the merged folder and the Proof; or an error, and nothing that looks done.
-Merging is float32 arithmetic, one tensor at a time from the mapped base; each tensor is stored in the base's own type.
-The proof reloads what was written, before it gets its name.
+In: a model, an adapter, a LoRA training checkpoint or XTuner's .pth, and a layout to make.  Out: the folder and its Proofs; or
+an error, and nothing that looks done. Tensors pass through one at a time (source.py), so size costs time and disk, not memory.
+Merging is float32 arithmetic; each tensor is stored in the base's own type unless another is asked for. The proof reloads what
+was written before it gets its name. A stopped conversion is gone on with by the same command (folder.py).
 """
 
+import hashlib
+import json
 import time
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from tessella.checkpoint.adapters import Adapter, attach, fit, read_adapter
-from tessella.checkpoint.folder import check_place
-from tessella.checkpoint.read import find_model, load_model
-from tessella.checkpoint.verify import LIMITS, Proof, compare, logits_on, probes
-from tessella.checkpoint.weights import Entry, entries_of
-from tessella.checkpoint.write import write_official
+from tessella.checkpoint.adapters import settings_of, state_of, write_adapter_files
+from tessella.checkpoint.folder import check_place, new_folder, read_manifest
+from tessella.checkpoint.lowrank import named
+from tessella.checkpoint.names import Layout
+from tessella.checkpoint.proof import Mode, Proofs, prove
+from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
+from tessella.checkpoint.weights import Entry, some
+from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_model
 from tessella.errors import CheckpointError, ConfigError
-from tessella.inputs import Inputs, ModelInput
+from tessella.inputs import Inputs
 from tessella.model.device import DTYPES, choose_device
-from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
+
+Target = Literal["official", "native", "adapter"]
+Names = Literal["ours", "official", "native"]
+BASE = "base"  # folder beside an adapter that was split off, for what is left
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How OUT is to be. dtype: "base" keeps each tensor's own type; or "float32", "bfloat16", "float16"."""
+
+    to: Target = "official"
+    names: Names = "ours"  # of an adapter's modules
+    dtype: str = "base"
+    shard_bytes: int = SHARD_BYTES
+    force: bool = False  # replace OUT when we made it and nobody changed it
+    proof: Mode = "auto"
+    device: str = "cpu"  # where the proof runs models
+
+    def __post_init__(self) -> None:
+        if self.dtype != "base" and self.dtype not in DTYPES:
+            raise ConfigError(f'dtype "{self.dtype}" is not known; say base, {", ".join(DTYPES)}')
+        if self.shard_bytes < 10**6:
+            raise ConfigError(f"shards of {self.shard_bytes / 1e9:g} GB are too small; at least 0.001")
+        if self.names != "ours" and self.to != "adapter":
+            raise ConfigError(f"--names {self.names} is for adapters; say --to adapter, or leave it away")
+        if self.dtype != "base" and self.to == "adapter":
+            raise ConfigError("an adapter keeps the type in which it was taught; leave --dtype away")
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        return None if self.dtype == "base" else DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -32,114 +66,151 @@ class ConvertResult:
     """What was written and how close it is."""
 
     folder: Path
-    base: Path
-    adapter: Path
-    merged_pairs: int  # linear layers that got their low-rank change
+    source: Path
+    kind: Kind
+    to: Target
+    base: Path  # the model folder behind the source; the source itself when it is one
+    merged_pairs: int  # linear layers with a low-rank change: merged, or written as an adapter
     replaced_tensors: int  # tensors that the adapter holds whole
     stored: str  # type of most of the weights
-    proof: Proof
+    num_bytes: int
+    proof: Proofs
     seconds: float
+
+    @property
+    def about(self) -> str:
+        """What was done, in a line."""
+        taught = f"{self.merged_pairs} low-rank layers and {self.replaced_tensors} whole tensors "
+        if self.to == "adapter":
+            return f"{taught}as an adapter, {self.num_bytes / 1e6:,.1f} MB"
+        merged = f", {taught}merged" if self.merged_pairs or self.replaced_tensors else ""
+        return f"{KINDS[self.kind]} -> {KINDS[self.to]}{merged}, {self.num_bytes / 1e9:,.2f} GB in {self.stored}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for --json."""
         return {
             "folder": str(self.folder),
+            "source": str(self.source),
+            "kind": self.kind,
+            "to": self.to,
             "base": str(self.base),
-            "adapter": str(self.adapter),
+            "adapter": str(self.source) if self.merged_pairs or self.replaced_tensors else None,
             "merged_pairs": self.merged_pairs,
             "replaced_tensors": self.replaced_tensors,
             "stored": self.stored,
+            "bytes": self.num_bytes,
             "largest_logit_difference": self.proof.largest_difference,
-            "proof": {**asdict(self.proof), "holds": self.proof.holds},
+            "proof": self.proof.as_json(),
             "seconds": round(self.seconds, 2),
         }
 
 
-def convert_adapter(
-    adapter: str | Path,
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    force: bool = False,
-    dtype: str = "base",
-    device: str = "cpu",
-) -> ConvertResult:
-    """Merge an adapter into its base, write the official folder, prove it.
+def convert(source: str | Path, out: str | Path, wish: Wish | None = None, origin: Origin | None = None) -> ConvertResult:
+    """Write what source is as another layout, and prove it.
 
-    base: default is what the adapter names.  force: replace out when we made it and nobody changed it.
-    dtype: "base" stores each tensor in the base's own type; or "float32", "bfloat16", "float16".  device: where the proof runs.
+    origin: the base of an adapter or .pth, where it does not name one itself.
     Raises CheckpointError, ConfigError; out is then as it was before.
     """
     start = time.perf_counter()
-    adapter, out, where = Path(adapter).expanduser(), Path(out).expanduser(), choose_device(device)
-    if dtype != "base" and dtype not in DTYPES:
-        raise ConfigError(f'dtype "{dtype}" is not known; say base, {", ".join(DTYPES)}')
-    check_place(out, num_bytes=0, force=force)
-    found = read_adapter(adapter)
-    base_folder = find_base(adapter, base)
-    if out.resolve() in (base_folder.resolve(), adapter.resolve()):
-        raise CheckpointError(f"{out} is the base or the adapter itself; give another place to write to")
-    model, _ = load_model(base_folder)  # mapped, each tensor in its own type
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    found = fit(found, shapes, model.config.language)
-    if found.changes_nothing():
-        raise CheckpointError(
-            f"{adapter} changes nothing: all {len(found.pairs)} of its low-rank products are zero, as before the first step; "
-            "teach it first"
-        )
-    inputs = Inputs(model.config, Tokenizer.load(base_folder))
-    prompts = probes(inputs)
-    entries = merged_entries(model, found, None if dtype == "base" else DTYPES[dtype])
-    check_place(out, num_bytes=sum(entry.num_bytes for entry in entries), force=force)  # before minutes of work, not after
-    untaught, wanted = unmerged_logits(base_folder, found, prompts, where)
-    stored = coarsest(entries, found)
-    proofs: list[Proof] = []
+    wish, out = wish or Wish(), Path(out).expanduser()
+    check_place(out, num_bytes=0, force=wish.force)
+    found = open_source(source, origin)
+    refuse_overlap(out, found.places)
+    device = choose_device(wish.device)
+    if wish.to == "adapter":
+        proof, entries = _write_adapter(found, out, wish, (origin or Origin()).base, device)
+    else:
+        proof, entries = _write_model(found, out, wish, wish.to, device)
+    adapter = found.adapter
+    return ConvertResult(
+        folder=out,
+        source=found.path,
+        kind=found.kind,
+        to=wish.to,
+        base=found.folder,
+        merged_pairs=0 if adapter is None else len(adapter.pairs),
+        replaced_tensors=0 if adapter is None else len(adapter.whole),
+        stored=dtype_name(entries),
+        num_bytes=sum(entry.num_bytes for entry in entries),
+        proof=proof,
+        seconds=time.perf_counter() - start,
+    )
 
-    def prove(written: Path) -> None:
-        again, _ = load_model(written, device=where, dtype=torch.float32)
-        proof = compare(wanted, logits_on(again, prompts), stored, untaught=untaught)
-        proof.require(f"the merged model of {adapter} on {base_folder}")
+
+def refuse_overlap(out: Path, places: Sequence[Path]) -> None:
+    """Raises CheckpointError when out is, holds, or lies in what is read from."""
+    for place in places:
+        ours, theirs = out.resolve(), place.resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            where = "is" if ours == theirs else "holds" if ours in theirs.parents else "lies in"
+            raise CheckpointError(f"{out} {where} {place}, which is read from; give another place to write to")
+
+
+def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: torch.device) -> tuple[Proofs, list[Entry]]:
+    entries = source.entries(wish.stored)
+    proofs: list[Proofs] = []
+
+    def check(written: Path) -> None:
+        again = open_source(written)
+        proof = prove(source, again, mode=wish.proof, device=device, rounding=wish.stored is not None)
+        proof.require(f"{source.path} as {KINDS[layout]}")
         proofs.append(proof)
 
-    write_official(entries, out, model.config, end_ids=inputs.stop_ids, base_folder=base_folder, force=force, check=prove)
-    seconds = time.perf_counter() - start
-    type_name = str(stored).removeprefix("torch.")
-    return ConvertResult(out, base_folder, adapter, len(found.pairs), len(found.whole), type_name, proofs[0], seconds)
+    write_model(
+        entries,
+        out,
+        source.config,
+        layout=layout,
+        end_ids=Inputs(source.config, Tokenizer.load(source.folder)).stop_ids,
+        base_folder=source.folder,
+        shard_bytes=wish.shard_bytes,
+        force=wish.force,
+        check=check,
+        plan=plan_of(source, wish),
+    )
+    return proofs[0], entries
 
 
-def find_base(adapter: Path, base: str | Path | None) -> Path:
-    """The base's folder. Raises CheckpointError when it is not here, or is itself an adapter."""
-    if base is None:
-        return find_model(adapter)[0]
-    folder, other = find_model(base)
-    if other is not None:
-        raise CheckpointError(f"the base {base} is itself an adapter; convert that one first, and give the folder it makes")
-    return folder
+def plan_of(source: Source, wish: Wish) -> str:
+    """A word for exactly this work on exactly these files."""
+    work = [wish.to, wish.dtype, wish.shard_bytes, source.kind, file_state(source)]
+    scales = {} if source.adapter is None else {name: pair.scale for name, pair in source.adapter.pairs.items()}
+    return hashlib.sha256(json.dumps([work, scales], sort_keys=True).encode()).hexdigest()
 
 
-def merged_entries(model: VisionLanguageModel, adapter: Adapter, dtype: torch.dtype | None) -> list[Entry]:
-    """Every parameter, merged when it is written. A weight is widened first when it is to be stored wider than the base."""
-    state = {name: weight.detach() for name, weight in model.named_parameters()}
-    return [replace(entry, make=partial(_merged, adapter, entry, state[entry.name])) for entry in entries_of(state, dtype)]
+def _write_adapter(
+    source: Source, out: Path, wish: Wish, told_base: str | None, device: torch.device
+) -> tuple[Proofs, list[Entry]]:
+    """The adapter of a source alone. What a LoRA training checkpoint holds beside it goes to OUT/base, unless a base is told."""
+    if source.adapter is None:
+        raise CheckpointError(f"{source.path} is {KINDS[source.kind]} and holds no adapter; say --to official or --to native")
+    plain = replace(source, adapter=None, _last={})
+    splits = source.kind == "lora" and told_base is None
+    if source.kind == "lora" and told_base is not None:
+        require_same_base(plain, told_base)
+    adapter = source.adapter
+    if wish.names != "ours":
+        adapter = named(adapter, wish.names, source.shapes, source.config.language)
+    base = str(out.resolve() / BASE) if splits else told_base or source.base
+    state = state_of(adapter)
+    entries = plain.entries() if splits else []
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in state.values()) + sum(entry.num_bytes for entry in entries)
+    hashes: dict[str, str] = {}
+    with new_folder(out, num_bytes=num_bytes + 2**20, force=wish.force, known_hashes=hashes) as aside:
+        if splits:
+            _write_model(plain, aside / BASE, replace(wish, to="official", names="ours"), "official", device)
+            hashes |= {f"{BASE}/{name}": digest for name, (_, digest) in read_manifest(aside / BASE).items()}
+        write_adapter_files(aside, state, settings_of(adapter, base))
+        again = open_source(aside, Origin(base=str(aside / BASE) if splits else base))
+        proof = prove(source, again, mode=wish.proof, device=device)
+        proof.require(f"{source.path} as {KINDS['adapter']}")
+    return proof, [Entry(name, tuple(tensor.shape), tensor.dtype, tensor.clone) for name, tensor in state.items()]
 
 
-def _merged(adapter: Adapter, entry: Entry, weight: Tensor) -> Tensor:
-    return adapter.merged(entry.name, weight.to(entry.dtype) if entry.dtype.itemsize > weight.dtype.itemsize else weight)
-
-
-def coarsest(entries: list[Entry], adapter: Adapter) -> torch.dtype:
-    """The coarsest type among the tensors that the adapter touches: it sets how close the proof can be."""
-    touched = {
-        entry.dtype for entry in entries if entry.name in adapter.whole or entry.name.removesuffix(".weight") in adapter.pairs
-    }
-    return max(touched, key=lambda dtype: LIMITS.get(dtype, 0.0))
-
-
-def unmerged_logits(
-    base_folder: Path, adapter: Adapter, prompts: list[ModelInput], device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of the base (first prompts), and of the base with the adapter beside it (all), in float32 arithmetic."""
-    model, _ = load_model(base_folder, device=device, dtype=torch.float32)
-    untaught = logits_on(model, prompts[:2])  # enough to see how much the adapter changes; a third pass over all would be dear
-    attach(model, adapter)
-    return untaught, logits_on(model, prompts)
+def require_same_base(plain: Source, told_base: str) -> None:
+    """Raises CheckpointError unless the base a person named holds what the training checkpoint was taught on."""
+    other = open_source(told_base)
+    proof = prove(plain, other, mode="tensors")
+    if proof.config or proof.tensors.differing:
+        told = some([*proof.config, *proof.tensors.differing], 2)
+        raise CheckpointError(f"{told_base} is not the base of {plain.path}: {told}; leave --base away, and it is written beside")

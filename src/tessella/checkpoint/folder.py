@@ -2,6 +2,7 @@
 
 In: a target and a function that fills an empty folder.  Out: the target and a manifest (size and sha256 of each file).
 The folder is filled aside, synced to the disk, and renamed; whatever stops it, the target is as it was before.
+A large folder can be gone on with: what a stopped run had finished aside is kept for the next run with the same plan.
 """
 
 import contextlib
@@ -12,39 +13,98 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tessella.config import read_json
 from tessella.errors import CheckpointError
 
 MANIFEST = "tessella_manifest.json"
+UNFINISHED = "tessella_unfinished.json"  # in a folder aside: the plan, and the files that are done
 SPARE_BYTES = 64 * 2**20  # room left on the disk beyond what we write
 
 
 @contextlib.contextmanager
 def new_folder(
-    target: Path, *, num_bytes: int, force: bool = False, known_hashes: dict[str, str] | None = None
+    target: Path,
+    *,
+    num_bytes: int,
+    force: bool = False,
+    known_hashes: dict[str, str] | None = None,
+    plan: str | None = None,
 ) -> Iterator[Path]:
-    """Give an empty folder aside; when the block ends well it becomes target, otherwise it is gone.
+    """Give a folder aside; when the block ends well it becomes target, otherwise it is gone.
 
     num_bytes: what will be written, compared with the free room first.  force: replace a folder that we made and nobody changed.
     known_hashes: filled by the block with sha256 of files that it hashed while writing, so that they are not read again.
+    plan: what is going to be written, in a word that is the same only for the same bytes. With a plan the folder may begin
+    with files of a stopped run (finished_files says which), and when this run is stopped its own finished files stay.
     Raises CheckpointError when target is not ours, or when there is no room.
     """
     target = target.absolute()
     check_replaceable(target, force=force)
     parent = target.parent
     aside = parent / f".{target.name}.{os.getpid()}.part"
+    kept = False
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        check_room(parent, num_bytes)
-        _sweep(parent, target.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        _sweep(parent, target.name, plan, aside)
+        check_room(parent, num_bytes - sum(size for size, _ in _done(aside).values()))
+        if not aside.is_dir():
+            aside.mkdir()
+            if plan is not None:
+                _write_done(aside, plan, {})
         yield aside
+        (aside / UNFINISHED).unlink(missing_ok=True)
         _write_manifest(aside, known_hashes or {})
         _swap(aside, target)
     except OSError as error:
-        raise CheckpointError(f"could not write {target}: {error}; nothing was changed there") from error
+        kept = bool(_done(aside))
+        left = f"; what was finished lies in {aside}: the same command goes on from there" if kept else ""
+        raise CheckpointError(f"could not write {target}: {error}; nothing was changed there{left}") from error
+    except (KeyboardInterrupt, SystemExit):
+        kept = bool(_done(aside))
+        raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def finished_files(aside: Path) -> dict[str, str]:
+    """File name -> sha256 of the files that a stopped run left finished and whole, read again to be sure; others are removed."""
+    whole: dict[str, str] = {}
+    for name, (size, digest) in _done(aside).items():
+        path = aside / name
+        if path.is_file() and path.stat().st_size == size and sha256_of(path) == digest:
+            whole[name] = digest
+    for path in aside.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in whole and path.name != UNFINISHED:
+            path.unlink()
+    return whole
+
+
+def note_finished(aside: Path, name: str, digest: str) -> None:
+    """Remember a file that is written and synced, for the run that comes after a stop. Without a plan nothing is kept."""
+    if (aside / UNFINISHED).is_file():
+        done = {**_done(aside), name: ((aside / name).stat().st_size, digest)}
+        _write_done(aside, _plan_of(aside) or "", done)
+
+
+def _plan_of(aside: Path) -> str | None:
+    path = aside / UNFINISHED
+    return str(read_json(path).get("plan")) if path.is_file() else None
+
+
+def _done(aside: Path) -> dict[str, tuple[int, str]]:
+    path = aside / UNFINISHED
+    rows = read_json(path).get("done", {}) if path.is_file() else {}
+    return {str(name): (int(size), str(digest)) for name, (size, digest) in rows.items()}
+
+
+def _write_done(aside: Path, plan: str, done: dict[str, tuple[int, str]]) -> None:
+    new = aside / f"{UNFINISHED}.new"
+    new.write_text(json.dumps({"plan": plan, "done": done}), encoding="utf-8")
+    sync(new)
+    new.replace(aside / UNFINISHED)  # a run killed here leaves the old list or the new one, never half of one
 
 
 def check_place(target: Path, *, num_bytes: int, force: bool = False) -> None:
@@ -157,15 +217,18 @@ def _swap(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(parent: Path, name: str) -> None:
-    """Remove what a killed process left aside; a living process's folder stays."""
+def _sweep(parent: Path, name: str, plan: str | None, ours: Path) -> None:
+    """Remove what stopped runs left aside, but for the one of our plan, which becomes ours; a living run's folder stays."""
     for left in [*parent.glob(f".{name}.*.part"), *parent.glob(f".{name}.*.old")]:
         pid = left.name.removeprefix(f".{name}.").split(".")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            if left.name.endswith(".old") and not (parent / name).exists():
-                left.rename(parent / name)  # killed between the two renames: the old folder comes back
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+        if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+            continue
+        if left.name.endswith(".old") and not (parent / name).exists():
+            left.rename(parent / name)  # killed between the two renames: the old folder comes back
+        elif plan is not None and _plan_of(left) == plan and (left == ours or not ours.exists()):
+            left.rename(ours)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import fit, is_adapter, merge_adapter, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import is_adapter, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
-from tessella.checkpoint.names import EMBEDDING, HEAD, Group, Layout, as_in_files, group_of, groups_of, is_computed, stored_shapes
+from tessella.checkpoint.lowrank import fit, merge_adapter
+from tessella.checkpoint.names import EMBEDDING, HEAD, Layout, as_in_files, group_of, groups_of, is_computed, stored_shapes
 from tessella.checkpoint.published import HUB, PUBLISHED
 from tessella.checkpoint.weights import Weights, open_weights, some
 from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json
@@ -175,22 +176,22 @@ def load_weights(
     """
     language = model.config.language
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    groups, files = groups_of(shapes, layout, language), names_in(weights, layout)
-    unused = _check(weights, files, shapes, groups, layout, language)
-    for group in groups:
+    unused = check_weights(weights, shapes, layout, language)
+    files = names_in(weights, layout)
+    for group in groups_of(shapes, layout, language):
         for name, tensor in group.to_ours([weights[files[stored]] for stored in group.stored], language).items():
             _place(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
     return unused
 
 
-def _check(
-    weights: Weights,
-    files: dict[str, str],
-    shapes: dict[str, tuple[int, ...]],
-    groups: list[Group],
-    layout: Layout,
-    language: LanguageConfig,
+def check_weights(
+    weights: Weights, shapes: dict[str, tuple[int, ...]], layout: Layout, language: LanguageConfig
 ) -> tuple[str, ...]:
+    """Compare a folder's tensors with our parameters' shapes; gives the names of unused tensors.
+
+    Raises CheckpointError naming missing, left-over and misshapen tensors.
+    """
+    groups, files = groups_of(shapes, layout, language), names_in(weights, layout)
     wanted = {name: shape for group in groups for name, shape in stored_shapes(group, shapes, language).items()}
     extra = [name for name in files if name not in wanted]
     tied_head = group_of(HEAD, layout, language).stored[0] if HEAD not in shapes else None

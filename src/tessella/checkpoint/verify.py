@@ -1,6 +1,6 @@
 """Do two models give the same answers? Logits on real prompts, compared in float32.
 
-In: prompts (text alone, a picture, two turns) and the logits of two models on them.  Out: a Proof, or an error.
+In: prompts (text alone, a picture, tiles over two turns, two pictures) and the logits of two models on them.  Out: a Proof.
 T tokens, V vocabulary.
 
 Both sides run in float32 whatever the weights are stored in, so that the arithmetic of bfloat16 does not hide behind the
@@ -66,8 +66,8 @@ class Proof:
             )
 
 
-def probes(inputs: Inputs) -> list[ModelInput]:
-    """Three prompts as people write them: text alone, a picture, two turns with a picture and an answer between."""
+def conversations() -> list[tuple[list[Message], list[Picture]]]:
+    """What people write: text alone, a picture, two turns on a picture of many tiles with an answer between, two pictures."""
     one_tile = Picture(drawing(), max_tiles=1)
     tiled = Picture(drawing(), max_tiles=2)  # two tiles and the thumbnail: the order of tiles counts too
     asked = Message("user", f"{IMAGE_MARK}\nWhat is in this picture?")
@@ -76,11 +76,19 @@ def probes(inputs: Inputs) -> list[ModelInput]:
         Message("assistant", "A red circle, a green square, and a blue line."),
         Message("user", "图中是什么颜色？ Answer in one word."),
     ]
+    turned = Picture(drawing().rotate(90, expand=True), max_tiles=1)
+    compared = Message("user", f"Image-1: {IMAGE_MARK}\nImage-2: {IMAGE_MARK}\nWhat differs?")
     return [
-        inputs.build([Message("user", "What is the capital of France? Explain in one sentence.")]),
-        inputs.build([asked], [one_tile]),
-        inputs.build(followed, [tiled]),
+        ([Message("user", "What is the capital of France? Explain in one sentence.")], []),
+        ([asked], [one_tile]),
+        (followed, [tiled]),
+        ([compared], [one_tile, turned]),
     ]
+
+
+def probes(inputs: Inputs) -> list[ModelInput]:
+    """The conversations as one model eats them."""
+    return [inputs.build(messages, pictures) for messages, pictures in conversations()]
 
 
 def drawing() -> Image.Image:

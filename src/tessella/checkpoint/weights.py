@@ -1,6 +1,8 @@
-"""The tensors of a model folder by memory map, and a writer that holds one tensor at a time.
+"""The tensors of a model folder, mapped or read one at a time, and a writer that holds one tensor at a time.
 
 In: a folder with model.safetensors, or shards and an index.  Out: names, shapes, tensors; nothing is read before asked for.
+A mapped tensor (weights[name]) costs no copy, but the pages it touches stay in our memory; a tensor that is read
+(weights.read(name)) is a copy that goes when its user lets go of it. Running a model maps, streaming a folder reads.
 Only safetensors: a pickle of a stranger is never opened.
 Source of the format: huggingface/safetensors, README ("Format").
 """
@@ -9,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +28,16 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+CHUNK_BYTES = 32 * 2**20  # written and hashed at once, side by side
 
 
 class Weights:
-    """The tensors of one folder or file, by name. Tensors are views of the mapped file: reading one costs no memory of ours."""
+    """The tensors of one folder or file, by name."""
 
     def __init__(self, files: Sequence[Path]):
         self._handles: dict[str, Any] = {}
+        self._begins: dict[str, int] = {}  # where a tensor's bytes begin in its file
+        self._stored: dict[str, str] = {}  # its name in the file, where select gave it another
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -43,6 +49,7 @@ class Weights:
             handle = safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch or write it again") from error
+        begins = _begins(file)
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             if name in self.files:
                 raise CheckpointError(
@@ -51,15 +58,48 @@ class Weights:
             view = handle.get_slice(name)
             if view.get_dtype() not in DTYPES:
                 raise CheckpointError(f"{file.name}: {name} is of type {view.get_dtype()}; we read {', '.join(DTYPES)}")
-            self._handles[name], self.files[name] = handle, file
+            self._handles[name], self.files[name], self._begins[name] = handle, file, begins[name]
             self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), DTYPES[view.get_dtype()]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._handles[name].get_tensor(name)
+        """A view of the mapped file."""
+        return self._handles[name].get_tensor(self._stored.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        """A copy in memory; nothing of the file stays mapped behind it. Raises CheckpointError when the file ends early."""
+        raw = torch.empty(_count(self.shapes[name]) * self.dtypes[name].itemsize, dtype=torch.uint8)
+        block, done = memory_of(raw), 0
+        with self.files[name].open("rb", buffering=0) as file:
+            file.seek(self._begins[name])
+            while done < len(block):  # one read gives at most 2 GiB
+                got = file.readinto(block[done:])
+                if not got:
+                    raise CheckpointError(
+                        f"{self.files[name]} ends within {name}; it was changed meanwhile: fetch or write it again"
+                    )
+                done += got
+        return raw.view(self.dtypes[name]).reshape(self.shapes[name])
+
+    def select(self, names: Mapping[str, str]) -> "Weights":
+        """Some of the tensors under other names: new name -> name here."""
+        chosen = Weights([])
+        for new, old in names.items():
+            chosen._handles[new], chosen._begins[new] = self._handles[old], self._begins[old]
+            chosen._stored[new] = self._stored.get(old, old)
+            chosen.files[new], chosen.shapes[new], chosen.dtypes[new] = self.files[old], self.shapes[old], self.dtypes[old]
+        return chosen
 
     def num_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(_count(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+
+def _begins(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin. The header was checked by safetensors itself before."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + row["data_offsets"][0] for name, row in header.items() if name != "__metadata__"}
 
 
 def open_weights(folder: Path) -> Weights:
@@ -128,8 +168,15 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_file(path: Path, entries: Sequence[Entry]) -> str:
-    """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256."""
+def _nothing(_: int) -> None:
+    pass
+
+
+def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], None] = _nothing) -> str:
+    """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256.
+
+    advance: called with the number of bytes after each piece that was written, for a progress bar.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -142,17 +189,22 @@ def write_file(path: Path, entries: Sequence[Entry]) -> str:
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % 64)  # the data then begins at a multiple of 64, which mapped reads like
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        start: bytes
-        for start in (len(head).to_bytes(8, "little"), head):
-            digest.update(start)
-            file.write(start)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+
+        def put(block: memoryview | bytes) -> None:
+            hashed = beside.submit(digest.update, block)  # hashing and writing each take their time; neither waits for the other
+            file.write(block)
+            hashed.result()
+
+        put(len(head).to_bytes(8, "little") + head)
         for entry in entries:
             tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
             block = memory_of(tensor)
-            digest.update(block)
-            file.write(block)
+            for begin in range(0, len(block), CHUNK_BYTES):
+                piece = block[begin : begin + CHUNK_BYTES]
+                put(piece)
+                advance(len(piece))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

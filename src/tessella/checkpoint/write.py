@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tessella.chat import template_named
-from tessella.checkpoint.folder import MANIFEST, new_folder
+from tessella.checkpoint.folder import MANIFEST, finished_files, new_folder, note_finished
 from tessella.checkpoint.jinja import SLOT, chat_template
 from tessella.checkpoint.layout import (
     generation_config,
@@ -27,6 +27,7 @@ from tessella.checkpoint.layout import (
     preprocessor_config,
 )
 from tessella.checkpoint.names import Group, Layout, groups_of, stored_shapes
+from tessella.checkpoint.progress import byte_bar
 from tessella.checkpoint.tokenizer_files import native_tokenizer_files
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
 from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
@@ -54,6 +55,7 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    plan: str | None = None,
 ) -> Path:
     """Write a model folder.
 
@@ -61,6 +63,7 @@ def write_model(
     base_folder: a folder of either layout; what its config.json says beyond ours stays, tokenizer and *.py are carried over.
     files: further text files by name, as {"tokenizer.json": …}; at least a tokenizer when there is no base_folder.
     check: called with the folder while it still lies aside; what it raises leaves nothing behind.
+    plan: see new_folder; shards that a stopped run with this plan finished are not written again.
     Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written;
     ConfigError when the layout cannot say what the model is.
     """
@@ -68,15 +71,25 @@ def write_model(
     shards = plan_shards(entries, shard_bytes)
     num_bytes = sum(entry.num_bytes for entry in entries)
     hashes: dict[str, str] = {}
-    with new_folder(folder, num_bytes=num_bytes + _side_bytes(base_folder), force=force, known_hashes=hashes) as aside:
+    num_side_bytes = _side_bytes(base_folder)
+    with new_folder(folder, num_bytes=num_bytes + num_side_bytes, force=force, known_hashes=hashes, plan=plan) as aside:
+        hashes |= finished_files(aside)
         write_side_files(aside, config, layout, dtype_name(entries), end_ids, base_folder, files or {})
-        for name, part in shards.items():
-            hashes[name] = write_file(aside / name, part)
+        _write_shards(aside, shards, hashes)
         if len(shards) > 1:
             write_index(aside, shards)
         if check is not None:
             check(aside)
     return folder
+
+
+def _write_shards(folder: Path, shards: Mapping[str, Sequence[Entry]], hashes: dict[str, str]) -> None:
+    """Write the shards that hashes does not hold yet, noting each in it and in the folder as it is done."""
+    missing = {name: part for name, part in shards.items() if name not in hashes}
+    with byte_bar("writing", sum(entry.num_bytes for part in missing.values() for entry in part)) as advance:
+        for name, part in missing.items():
+            hashes[name] = write_file(folder / name, part, advance)
+            note_finished(folder, name, hashes[name])
 
 
 write_official = partial(write_model, layout="official")

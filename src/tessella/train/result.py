@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tessella.checkpoint.adapters import AdapterSettings, Pair, save_adapter
+from tessella.checkpoint.adapters import AdapterSettings, save_adapter
+from tessella.checkpoint.lowrank import Pair
 from tessella.checkpoint.read import Loaded
 from tessella.checkpoint.weights import entries_of
 from tessella.checkpoint.write import write_official

@@ -1,0 +1,338 @@
+"""Are two folders the same model? Config, every tensor, the rendered prompts, and logits where arithmetic was involved.
+
+In: two Sources.  Out: Proofs, with a table for people, or an error.
+Where only names, files and rows moved, every tensor is compared bit by bit, and with equal configs and prompts there is
+nothing left that could differ. Where an adapter was merged, the merge is done again in float64 and each number must lie
+within a unit in the last place of the stored type; then the logits of the unmerged model are compared too, if it fits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import mul
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from tessella.chat import render, text_of
+from tessella.checkpoint.progress import byte_bar
+from tessella.checkpoint.source import Source
+from tessella.checkpoint.verify import DROWNED, LIMITS, Proof, compare, conversations, logits_on, probes
+from tessella.checkpoint.weights import some
+from tessella.errors import CheckpointError
+from tessella.inputs import Inputs
+from tessella.tokenizer import Tokenizer
+
+Mode = Literal["auto", "tensors", "logits"]
+LOGITS_BYTES = 16 * 2**30  # a larger model in float32 is not run unasked: on a CPU that takes longer than the conversion
+NEAR = 1e-6  # share of a merged weight's largest number that float32 sums may be off by, beside a unit in the last place
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAME_ARITHMETIC = {"InternLM2ForCausalLM": "LlamaForCausalLM"}  # other names for one decoder
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """How the tensors compare. rounded: equal after rounding to the other side's coarser type; merged: done again in float64."""
+
+    equal: int
+    rounded: int
+    merged: int
+    differing: tuple[str, ...]  # a sentence each
+    num_bytes: int
+    difference_rms: float | None = None  # of the merged numbers from the exact ones, and what the adapter changed them by
+    effect_rms: float | None = None
+
+    @property
+    def drowned(self) -> bool:
+        return self.difference_rms is not None and self.effect_rms is not None and self.difference_rms > DROWNED * self.effect_rms
+
+    def __str__(self) -> str:
+        parts = [f"{self.equal} equal bit by bit"]
+        parts += [f"{self.rounded} equal after rounding"] if self.rounded else []
+        parts += [f"{self.merged} merged within a unit in the last place"] if self.merged else []
+        parts += [f"{len(self.differing)} differ: {some(self.differing, 3)}"] if self.differing else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class PromptProof:
+    """The rendered prompts and their ids, character for character."""
+
+    prompts: int
+    characters: int
+    tokens: int
+    differing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.differing:
+            return "; ".join(self.differing[:3])
+        return f"{self.prompts} prompts, {self.characters} characters, {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """All that was compared."""
+
+    config: tuple[str, ...]  # fields that differ, a sentence each
+    fields: int
+    tensors: TensorProof
+    prompts: PromptProof
+    logits: Proof | None
+    why_no_logits: str
+
+    @property
+    def holds(self) -> bool:
+        return all(equal is not False for _, _, equal in self.rows())
+
+    @property
+    def largest_difference(self) -> float:
+        """Of the logits; 0 when they cannot differ because nothing does."""
+        return 0.0 if self.logits is None else self.logits.largest_difference
+
+    def rows(self) -> list[tuple[str, str, bool | None]]:
+        """(what was compared, what came out, whether it is equal, or None when it was not compared), for a table."""
+        config = "; ".join(self.config) if self.config else f"{self.fields} fields"
+        logits = (f"not run: {self.why_no_logits}", None) if self.logits is None else (str(self.logits), self.logits.holds)
+        return [
+            ("config", config, not self.config),
+            ("tensors", str(self.tensors), not self.tensors.differing and not self.tensors.drowned),
+            ("prompts and ids", str(self.prompts), not self.prompts.differing),
+            ("logits", *logits),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.tensors}; {self.prompts}; " + (
+            f"{self.logits}" if self.logits else f"logits not run: {self.why_no_logits}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "holds": self.holds,
+            "config": {"fields": self.fields, "differing": list(self.config)},
+            "tensors": {**asdict(self.tensors), "differing": list(self.tensors.differing)},
+            "prompts": {**asdict(self.prompts), "differing": list(self.prompts.differing)},
+            "logits": None if self.logits is None else {**asdict(self.logits), "holds": self.logits.holds},
+            "why_no_logits": self.why_no_logits,
+        }
+
+    def require(self, what: str) -> None:
+        """Raises CheckpointError with what differs unless all is equal."""
+        if self.tensors.drowned and not self.tensors.differing:
+            raise CheckpointError(
+                f"{what} loses the adapter: merging rounds the weights by {self.tensors.difference_rms:.2g} (root mean square), "
+                f"and the adapter itself changes them by only {self.tensors.effect_rms:.2g}; it was not kept. Teach longer, or "
+                "convert in float32 (--dtype float32)"
+            )
+        for name, told, equal in self.rows():
+            if name == "logits" and self.logits is not None:
+                self.logits.require(what)
+            if equal is False:
+                raise CheckpointError(f"{what} is not the same model as before: {name}: {told}; it was not kept")
+
+
+def prove(a: Source, b: Source, *, mode: Mode = "auto", device: torch.device | None = None, rounding: bool = False) -> Proofs:
+    """Compare two models. rounding: another type of storage is no difference, if the numbers are equal in the coarser one.
+
+    device: where logits are computed.  mode: "tensors" never runs the models, "logits" always, "auto" where it tells more.
+    """
+    where = device or torch.device("cpu")
+    config, fields = compare_configs(a, b)
+    with byte_bar("comparing", 2 * min(a.num_bytes(), b.num_bytes())) as advance:
+        tensors = compare_tensors(a, b, rounding=rounding, advance=advance)
+    prompts = compare_prompts(a, b)
+    why = _why_not(a, b, mode, where, bool(config or tensors.differing or prompts.differing), tensors)
+    logits = None if why else compare_logits(a, b, where)
+    return Proofs(config, fields, tensors, prompts, logits, why)
+
+
+def _why_not(a: Source, b: Source, mode: Mode, device: torch.device, differs: bool, tensors: TensorProof) -> str:
+    """The reason not to compare logits, "" to do so."""
+    if a.shapes.keys() != b.shapes.keys() or a.config.language.vocab_size != b.config.language.vocab_size:
+        return "the two have not the same parameters"
+    if mode == "logits":
+        return ""
+    if mode == "tensors":
+        return "asked not to (--proof logits runs the models)"
+    if not differs and not tensors.merged and not tensors.rounded:
+        return "weights, config and prompts are equal, so logits are too (--proof logits runs the models all the same)"
+    need = 4 * sum(reduce(mul, shape, 1) for shape in a.shapes.values())
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    limit = min(LOGITS_BYTES, 0.8 * room)
+    if need > limit:
+        return (
+            f"in float32 the model is {need / 2**30:.1f} GiB, and unasked at most {limit / 2**30:.1f} GiB are run; "
+            "--proof logits runs it all the same"
+        )
+    return ""
+
+
+def compare_configs(a: Source, b: Source) -> tuple[tuple[str, ...], int]:
+    """The fields that change the arithmetic, the tiles or the prompt -> (those that differ, how many there are)."""
+    left, right = _flat(asdict(a.config)), _flat(asdict(b.config))
+    differing = [
+        f"{key} is {left.get(key)} and {right.get(key)}" for key in left.keys() | right.keys() if left.get(key) != right.get(key)
+    ]
+    return tuple(sorted(differing)), len(left)
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key != "layer_scale_init":  # tells how training began, not what was learned
+            flat[prefix + key] = SAME_ARITHMETIC.get(value, value) if key == "architecture" else value
+    return flat
+
+
+def compare_tensors(a: Source, b: Source, *, rounding: bool, advance: Callable[[int], None]) -> TensorProof:
+    """Every parameter of either side. One tensor of each is in memory at a time."""
+    counts = {"equal": 0, "rounded": 0, "merged": 0}
+    differing, num_bytes, errors = [], 0, _Errors()
+    for name in dict.fromkeys([*a.shapes, *b.shapes]):
+        if name not in a.shapes or name not in b.shapes:
+            differing.append(f"{name} is missing in {b.path if name in a.shapes else a.path}")
+            continue
+        found, told, size = _compare(a, b, name, rounding, errors)
+        advance(size)
+        num_bytes += size
+        if found == "differing":
+            differing.append(told)
+        else:
+            counts[found] += 1
+    rms = (errors.rms("difference"), errors.rms("effect")) if errors.numbers else (None, None)
+    return TensorProof(**counts, differing=tuple(differing), num_bytes=num_bytes, difference_rms=rms[0], effect_rms=rms[1])
+
+
+class _Errors:
+    """Sums over all merged numbers."""
+
+    def __init__(self) -> None:
+        self.numbers, self.sums = 0, {"difference": 0.0, "effect": 0.0}
+
+    def rms(self, of: str) -> float:
+        return float((self.sums[of] / self.numbers) ** 0.5)
+
+
+def _compare(a: Source, b: Source, name: str, rounding: bool, errors: _Errors) -> tuple[str, str, int]:
+    """("equal", "rounded", "merged" or "differing"; what differs; bytes that were read)."""
+    if a.shapes[name] != b.shapes[name]:
+        hint = ", as if transposed" if a.shapes[name] == b.shapes[name][::-1] else ""
+        return "differing", f"{name} is {a.shapes[name]} and {b.shapes[name]}{hint}", 0
+    if a.touches(name) or b.touches(name):
+        told, size = _compare_merged(a, b, name, errors) if a.touches(name) != b.touches(name) else _compare_changes(a, b, name)
+        return ("differing" if told else "merged"), told, size
+    left, right = a.tensor(name), b.tensor(name)
+    size = left.numel() * left.itemsize + right.numel() * right.itemsize
+    kind = "equal"
+    if left.dtype != right.dtype:
+        coarser = max((left.dtype, right.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        left, right, kind = left.to(coarser), right.to(coarser), "rounded"
+        if not rounding:
+            return "differing", f"{name} is stored as {a.dtype(name)} and {b.dtype(name)}", size
+    if same_bits(left, right):
+        return kind, "", size
+    difference = (left.float() - right.float()).abs()
+    share = float((left != right).float().mean())
+    return (
+        "differing",
+        f"{name} differs in {share:.1%} of its numbers, by up to {float(difference.max()):.2g}{_swapped(b, name, left)}",
+        size,
+    )
+
+
+def _swapped(b: Source, name: str, left: Tensor) -> str:
+    """A word on what may have happened: the classic fault is k in v's place."""
+    for one, other in (("k_proj", "v_proj"), ("v_proj", "k_proj")):
+        twin = name.replace(one, other)
+        if one in name and twin in b.shapes and b.shapes[twin] == left.shape and torch.equal(b.tensor(twin).to(left.dtype), left):
+            return f"; its numbers stand in {twin}"
+    return ""
+
+
+def _compare_merged(a: Source, b: Source, name: str, errors: _Errors) -> tuple[str, int]:
+    """One side holds an adapter, the other what the merge should have given: merge again in float64 -> (what differs, bytes)."""
+    taught, other = (a, b) if a.touches(name) else (b, a)
+    base, stored = taught.untaught(name), other.untaught(name)
+    eps, wrong = torch.finfo(stored.dtype).eps, 0
+    for begin, end, change in taught.changes(name, base):
+        exact = base[begin:end].double() + change
+        difference = (stored[begin:end].double() - exact).abs()
+        near = difference <= eps * exact.abs() + NEAR * exact.abs().max()
+        wrong += near.numel() - int(near.sum())  # so counted a NaN is wrong too
+        errors.numbers += exact.numel()
+        errors.sums["difference"] += float(difference.square().sum())
+        errors.sums["effect"] += float(change.square().sum())
+    told = f"{name} is not what the merge gives, in {wrong / stored.numel():.1%} of its numbers" if wrong else ""
+    return told, base.numel() * base.itemsize + stored.numel() * stored.itemsize
+
+
+def _compare_changes(a: Source, b: Source, name: str) -> tuple[str, int]:
+    """Both sides hold an adapter: the bases must be equal, and what the adapters change -> (what differs, bytes)."""
+    left, right = a.untaught(name), b.untaught(name)
+    size = left.numel() * left.itemsize + right.numel() * right.itemsize
+    if left.dtype != right.dtype or not same_bits(left, right):
+        return f"{name} differs between the bases", size
+    wrong = 0
+    for (_, _, one), (_, _, other) in zip(a.changes(name, left), b.changes(name, right), strict=True):
+        near = (one - other).abs() <= NEAR * one.abs().max()
+        wrong += near.numel() - int(near.sum())
+    return (f"{name} is changed otherwise, in {wrong / left.numel():.1%} of its numbers" if wrong else ""), size
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one type and shape hold the same bits; a NaN equals itself here."""
+    kind = INTEGERS[a.itemsize]
+    return torch.equal(a.contiguous().reshape(-1).view(kind), b.contiguous().reshape(-1).view(kind))
+
+
+def compare_prompts(a: Source, b: Source) -> PromptProof:
+    """Rendered text, ids and tiles of the conversations of verify.py, and the tokens that end an answer."""
+    left, right = (Inputs(source.config, Tokenizer.load(source.folder)) for source in (a, b))
+    differing, characters, tokens = [], 0, 0
+    talks = conversations()
+    for number, (messages, pictures) in enumerate(talks, 1):
+        texts = [text_of(render(messages, inputs.template, open_turn=True)) for inputs in (left, right)]
+        one, other = (inputs.build(messages, pictures) for inputs in (left, right))
+        characters += len(texts[0])
+        tokens += len(one)
+        if texts[0] != texts[1]:
+            differing.append(f"prompt {number} differs {_first_difference(*texts)}")
+        elif not torch.equal(one.ids, other.ids):
+            differing.append(
+                f"prompt {number} reads the same, but its ids differ {_first_difference(one.ids.tolist(), other.ids.tolist())}"
+            )
+        elif one.digests != other.digests:
+            differing.append(f"prompt {number} is cut into other tiles: {len(one.digests)} and {len(other.digests)}")
+    if set(left.stop_ids) != set(right.stop_ids):
+        differing.append(f"answers end at the ids {left.stop_ids} and {right.stop_ids}")
+    return PromptProof(len(talks), characters, tokens, tuple(differing))
+
+
+def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> str:
+    place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"from place {place}: {a[place : place + 20]!r} and {b[place : place + 20]!r}"
+
+
+def compare_logits(a: Source, b: Source, device: torch.device) -> Proof:
+    """Both models, unmerged where they hold an adapter, on the conversations; one of them is in memory at a time."""
+    prompts = probes(Inputs(a.config, Tokenizer.load(a.folder)))
+    untaught = None
+    if a.adapter is not None and b.adapter is None:
+        untaught = logits_on(a.model(device, taught=False), prompts[:2])  # enough to see how much the adapter changes
+    wanted, found = (logits_on(source.model(device), prompts) for source in (a, b))
+    return compare(wanted, found, _coarsest(a, b), untaught=untaught)
+
+
+def _coarsest(a: Source, b: Source) -> torch.dtype:
+    """The coarsest type to which a number was rounded on the way from one side to the other: it sets how close logits can be."""
+    rounded = [torch.float32]
+    for name in a.shapes:
+        left, right = a.dtype(name), b.dtype(name)
+        if a.touches(name) != b.touches(name):
+            rounded.append(right if a.touches(name) else left)
+        elif left != right:
+            rounded += [left, right]
+    return max(rounded, key=lambda dtype: LIMITS.get(dtype, 0.0))

@@ -1,0 +1,270 @@
+"""Whatever lies on the disk as a model, seen as our parameters, one at a time.
+
+In: a model folder (official or native), an adapter with its base, an official LoRA training checkpoint, or XTuner's .pth with
+its base; adapters may lie on adapters.  Out: a Source: config, names, shapes, and each tensor when it is asked for.
+Tensors are read, not mapped (weights.py), so a model of any size passes through a process that stays small.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tessella.checkpoint.adapters import is_adapter, pairs_and_whole, read_adapter, read_adapter_config
+from tessella.checkpoint.blank import blank_model
+from tessella.checkpoint.builtin import NANO
+from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit, layout_of
+from tessella.checkpoint.names import Layout, group_of
+from tessella.checkpoint.read import check_weights, find_model, names_in, resolve_head
+from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
+from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
+from tessella.config import ModelConfig, is_native, load_config, read_config_json
+from tessella.errors import CheckpointError
+from tessella.model.vision_language import VisionLanguageModel
+
+Kind = Literal["official", "native", "adapter", "lora", "xtuner"]
+KINDS: dict[Kind, str] = {
+    "official": "a model in the official layout",
+    "native": "a model in the native layout of transformers",
+    "adapter": "an adapter in PEFT's format",
+    "lora": "a LoRA training checkpoint of the official code",
+    "xtuner": "a checkpoint of XTuner",
+}
+REMEMBERED_BYTES = 2**28  # a larger tensor is read again rather than kept
+ALPHA_PER_RANK = 2.0  # the official training code wraps with lora_alpha = 2 r, and stores r alone
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a person said about IN beside its place."""
+
+    base: str | None = None  # of an adapter or a .pth
+    xtuner_config: Path | None = None
+    lora_alpha: float | None = None
+    tower_lora_alpha: float | None = None
+
+    def scales(self) -> dict[str, LoraScale]:
+        """The scales of a .pth, flags before the config's text. Raises CheckpointError."""
+        found: dict[str, LoraScale] = {}
+        if self.xtuner_config is not None:
+            try:
+                text = self.xtuner_config.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{self.xtuner_config} cannot be read as text ({error}); give XTuner's config file"
+                ) from error
+            found |= lora_scales(text, str(self.xtuner_config))
+        told = {"language": self.lora_alpha, "tower": self.tower_lora_alpha}
+        return found | {part: LoraScale(alpha) for part, alpha in told.items() if alpha is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on the disk. Names and shapes are those of our parameters."""
+
+    path: Path
+    kind: Kind
+    folder: Path  # whose config.json, tokenizer and side files are the model's
+    layout: Layout  # of that folder
+    config: ModelConfig
+    weights: Weights  # under the layout's names as they stand in files
+    adapter: Adapter | None  # under our names; several on one another are one here
+    places: tuple[Path, ...]  # everything that is read from, which must not be written to
+    base: str  # what an adapter of this source is taught on, as a person would name it
+    shapes: dict[str, tuple[int, ...]]
+    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what was read last
+
+    def touches(self, name: str) -> bool:
+        """Whether the adapter changes that parameter."""
+        return self.adapter is not None and self.adapter.touches(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which the parameter is stored."""
+        return self.weights.dtypes[group_of(name, self.layout, self.config.language).stored[0]]
+
+    def untaught(self, name: str) -> Tensor:
+        """The parameter without the adapter, as stored."""
+        if name not in self._last:
+            group = group_of(name, self.layout, self.config.language)
+            parts = group.to_ours([self.weights.read(stored) for stored in group.stored], self.config.language)
+            self._last.clear()
+            if sum(part.numel() * part.itemsize for part in parts.values()) > REMEMBERED_BYTES:
+                return parts[name]
+            self._last.update(parts)  # what is stored together here is asked for part after part, and the other way round
+        return self._last[name]
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter with the adapter merged. It is widened first when it is wanted wider than it is stored."""
+        weight = self.untaught(name)
+        if dtype is not None and dtype.itemsize > weight.dtype.itemsize:
+            weight = weight.to(dtype)
+        if self.adapter is not None:
+            weight = self.adapter.merged(name, weight)
+        return weight if dtype is None else weight.to(dtype)
+
+    def changes(self, name: str, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, rows) of what the adapter changes in a touched parameter, in float64 and in pieces.
+
+        weight: the parameter untaught. This is the oracle of the merge, which runs in float32.
+        """
+        assert self.adapter is not None
+        whole = self.adapter.whole.get(name)
+        rows = max(1, CHUNK_NUMBERS // max(1, weight[0].numel()))
+        for begin in range(0, weight.shape[0], rows):
+            end = min(begin + rows, weight.shape[0])
+            if whole is not None:
+                yield begin, end, whole[begin:end].double() - weight[begin:end].double()
+            else:
+                yield begin, end, self.adapter.pairs[name.removesuffix(".weight")].delta(begin, end, torch.float64)
+
+    def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
+        """Every parameter, made when its turn to be written has come; dtype None keeps each one's own."""
+        return [
+            Entry(name, shape, dtype or self.dtype(name), partial(self.tensor, name, dtype))
+            for name, shape in self.shapes.items()
+        ]
+
+    def num_bytes(self) -> int:
+        """Bytes of the weights as stored."""
+        return self.weights.num_bytes()
+
+    def model(self, device: torch.device, *, taught: bool = True) -> VisionLanguageModel:
+        """The model in float32, the adapter hanging beside its layers unmerged (taught) or left away."""
+        model = blank_model(self.config)
+        for name in self.shapes:
+            module, _, leaf = name.rpartition(".")
+            tensor = self.untaught(name).to(device=device, dtype=torch.float32)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        if taught and self.adapter is not None:
+            attach(model, self.adapter)
+        return model.eval()
+
+
+def kind_of(path: Path) -> Kind:
+    """What lies there. Raises CheckpointError: not there, not known, or two things at once."""
+    if is_xtuner(path):
+        return "xtuner"
+    if not path.is_dir():
+        what = "is no folder, nor a .pth" if path.exists() else "is not there"
+        raise CheckpointError(f"{path} {what}; known are {_known()}")
+    has_model = (path / "config.json").is_file() and any((path / name).is_file() for name in (SINGLE, INDEX))
+    if is_adapter(path):
+        if has_model:
+            raise CheckpointError(f"{path} holds both an adapter and a model; take them apart and give one of them")
+        return "adapter"
+    if not (path / "config.json").is_file():
+        here = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
+        raise CheckpointError(f"{path} holds neither config.json nor adapter_config.json, but {here}; known are {_known()}")
+    if is_native(read_config_json(path)):
+        return "native"
+    names = open_weights(path).files
+    return "lora" if any(".lora_A." in name or ".lora_B." in name for name in names) else "official"
+
+
+def _known() -> str:
+    return "; ".join(KINDS.values())
+
+
+def open_source(name: str | Path, origin: Origin | None = None) -> Source:
+    """Open what a person named: a place on the disk, "tessella-nano", or a hub name. Raises CheckpointError, ConfigError."""
+    return _open(str(name), origin or Origin(), ())
+
+
+def _open(name: str, origin: Origin, above: tuple[Path, ...]) -> Source:
+    path = Path(name).expanduser()
+    if name == NANO or not path.exists():
+        path = find_model(name)[0]
+    if path.resolve() in above:
+        raise CheckpointError(f"{path} is, over its bases, its own base; name the base with --base")
+    kind = kind_of(path)
+    if kind == "adapter":
+        return _open_adapter(path, origin, above)
+    if kind == "xtuner":
+        if origin.base is None:
+            raise CheckpointError(f"{path} holds only what was taught; name the model that it was taught on with --base")
+        return _with(_open(origin.base, Origin(), (*above, path.resolve())), read_xtuner(path, origin.scales()), path, kind)
+    if origin.base is not None and kind != "lora":
+        raise CheckpointError(f"{path} is {KINDS[kind]} and needs no base; leave --base {origin.base} away")
+    if kind == "lora":
+        return _open_training(path, origin)
+    return _open_model(path, kind, name)
+
+
+def _open_adapter(path: Path, origin: Origin, above: tuple[Path, ...]) -> Source:
+    base = origin.base or str(read_adapter_config(path).get("base_model_name_or_path") or "")
+    if not base:
+        raise CheckpointError(f"{path} does not say which base it was taught on; name it with --base")
+    found = read_adapter(path)
+    try:
+        below = _open(base, Origin(), (*above, path.resolve()))
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of {path} is not to be had: {error}; or name the base yourself (--base)") from error
+    return _with(below, found, path, "adapter")
+
+
+def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
+    """The source with one more adapter on it."""
+    adapter = replace(adapter, base=adapter.base or below.base)
+    fitted = fit(adapter, below.shapes, below.config.language)
+    if fitted.changes_nothing():
+        raise CheckpointError(
+            f"{path} changes nothing: all {len(fitted.pairs)} of its low-rank products are zero, as before the first step; "
+            "teach it first"
+        )
+    whole = fitted if below.adapter is None else combined(below.adapter, fitted)
+    return replace(below, path=path, kind=kind, adapter=whole, places=(*below.places, path), _last={})
+
+
+def _open_model(path: Path, kind: Kind, name: str) -> Source:
+    weights = open_weights(path)
+    layout: Layout = "native" if kind == "native" else "official"
+    found = layout_of(weights.files, path)
+    if found != layout:
+        raise CheckpointError(
+            f"{path} mixes two layouts: its config.json is {layout}, its tensors are {found}; take both from the same model"
+        )
+    base = name if name == NANO or not Path(name).expanduser().exists() else str(path.resolve())
+    return _source(path, kind, layout, weights, base)
+
+
+def _source(path: Path, kind: Kind, layout: Layout, weights: Weights, base: str) -> Source:
+    config = resolve_head(load_config(path), weights, layout)
+    shapes = {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
+    check_weights(weights, shapes, layout, config.language)
+    weights = weights.select(names_in(weights, layout))
+    return Source(path, kind, path, layout, config, weights, None, (path,), base, shapes)
+
+
+def _open_training(path: Path, origin: Origin) -> Source:
+    """The official code's LoRA training checkpoint: PEFT's names inside a whole model."""
+    raw = read_config_json(path)
+    stored = open_weights(path)
+    plain = {name.replace(".base_model.model.", ".", 1).replace(".base_layer.", "."): name for name in stored.files}
+    taught = {name: old for name, old in plain.items() if ".lora_" in name}
+    weights = stored.select({name: old for name, old in plain.items() if name not in taught})
+    below = _source(path, "lora", "official", weights, origin.base or str(path.resolve()))
+
+    def scale(module: str, a: Tensor) -> float:
+        key = "use_backbone_lora" if module.startswith("vision_model.") else "use_llm_lora"
+        if int(raw.get(key) or 0) != a.shape[0]:
+            raise CheckpointError(
+                f"{path}: {module} holds a LoRA of rank {a.shape[0]}, but config.json says {key} {raw.get(key)}; "
+                "config.json and weights must be of the same run"
+            )
+        return ALPHA_PER_RANK
+
+    pairs, whole = pairs_and_whole({name: stored[old] for name, old in taught.items()}, scale, path)
+    assert not whole, f"tensors that are no pairs among {some(list(whole))}"
+    return _with(below, Adapter(path, below.base, pairs, {}), path, "lora")
+
+
+def file_state(source: Source) -> list[Any]:
+    """What tells that the files a source is read from are the same as before: name, size and time of change of each."""
+    files: list[Path] = []
+    for place in source.places:
+        files += [place] if place.is_file() else sorted(one for one in place.rglob("*") if one.is_file())
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,0 +1,33 @@
+"""`tessella verify`: two models compared, as a table on the screen and as JSON.
+
+In: what a person named as A and B.  Out: the result; its key "differs" decides the exit code.
+"""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tessella.checkpoint.proof import Mode, prove
+from tessella.checkpoint.source import KINDS, open_source
+from tessella.model.device import choose_device
+
+
+def verify(a: str, b: str, mode: Mode, device: str) -> dict[str, Any]:
+    """Compare and print. Raises CheckpointError, ConfigError when one side cannot be read."""
+    left, right = open_source(a), open_source(b)
+    proofs = prove(left, right, mode=mode, device=choose_device(device))
+    console = Console()
+    for word, source in (("A", left), ("B", right)):
+        console.print(f"{word}  {source.path}: {KINDS[source.kind]}", highlight=False, soft_wrap=True)
+    show(proofs.rows(), console)
+    return {"a": str(left.path), "b": str(right.path), "differs": not proofs.holds, "proof": proofs.as_json()}
+
+
+def show(rows: list[tuple[str, str, bool | None]], console: Console) -> None:
+    """What was compared, whether it is equal, and what came out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    words = {True: "equal", False: "[bold red]DIFFERS[/]", None: "-"}
+    for what, told, equal in rows:
+        table.add_row(what, words[equal], told)
+    console.print(table, highlight=False)
