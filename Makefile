@@ -9,7 +9,7 @@ SOURCES := src tests recipes
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test bare matrix check format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -30,6 +30,16 @@ demo: $(READY) ## ask, teach, convert, compare, ask again: the whole story on th
 test: $(READY) ## every test that this machine can run
 	$(BIN)/python -m pytest -n 2 -q
 
+# An environment of its own, since what must be missing there is needed elsewhere.
+bare: pyproject.toml constraints.txt ## the tests that need neither transformers nor PEFT, in an environment without them
+	test -x .matrix/bare/bin/python || $(PYTHON) -m venv .matrix/bare
+	.matrix/bare/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	.matrix/bare/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("transformers") is not None)'
+	.matrix/bare/bin/python -m pytest -n 2 -q
+
+matrix: $(READY) ## our native export in several versions of transformers, each in an environment of its own
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/matrix/run.py
+
 check: $(READY) ## style, types, floors
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -41,4 +51,4 @@ format: $(READY) ## put the style right
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## take .venv and what the tools left away
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis

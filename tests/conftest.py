@@ -1,4 +1,4 @@
-"""What every test gets: two torch threads, a fixed seed, and no gpu tests where there is no CUDA device."""
+"""What every test gets: two torch threads, a fixed seed, no model hub, and no gpu tests where there is no CUDA device."""
 
 import pytest
 import torch
@@ -21,3 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that looks like a name on a hub is looked up in the cache alone; test_checkpoint_hub.py serves one of its own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

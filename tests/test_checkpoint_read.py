@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from tessella.checkpoint.read import find_model, load, load_model
+from tessella.checkpoint.read import load, load_model
 from tessella.config import LanguageConfig, ModelConfig, VisionConfig, load_config
 from tessella.errors import CheckpointError, ConfigError
 
@@ -160,17 +160,6 @@ def test_what_is_no_model_folder_is_told_with_the_way_out(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps({**raw, "architectures": ["LlavaForConditionalGeneration"]}))
     with pytest.raises(ConfigError, match=r"Llava.*InternVLChatModel.*InternVLForConditionalGeneration"):
         load(folder)
-
-
-def test_a_hub_name_is_looked_up_on_this_disk_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="fetch it first"):
-        find_model("SomeOne/Some-Model")
-    repository = tmp_path / "models--SomeOne--Some-Model"
-    snapshot = tiny.tiny_folder(repository / "snapshots" / "abc", LLAMA)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    assert find_model("SomeOne/Some-Model") == (snapshot, None)
 
 
 def big_config() -> ModelConfig:

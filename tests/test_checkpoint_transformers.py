@@ -17,7 +17,7 @@ from tessella.chat import Message
 from tessella.checkpoint.read import load
 from tessella.checkpoint.verify import logits_on
 
-transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test; it is in the test extra")
+transformers = pytest.importorskip("transformers", reason="the oracle of this test; PEFT brings it, in the train extra")
 
 RENAMED = {"tok_embeddings": "embed_tokens", "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm"}
 RENAMED |= {"ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj"}

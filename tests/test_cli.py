@@ -99,6 +99,13 @@ def test_pictures_do_not_swallow_the_question() -> None:
 # ---- mistakes
 
 
+def test_teaching_without_the_train_extra_tells_how_to_get_it() -> None:
+    code = "import sys; sys.modules['peft'] = None; from tessella.cli import main; sys.exit(main(['finetune', '--data', 'a']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "peft is not installed" in done.stderr and "pip install 'tessella[train]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -16,6 +16,7 @@ from tiny import tiny_folder
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, photos of two classes, a run taught on them, and its conversion."""
+    pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
     home = tmp_path_factory.mktemp("story")
     model = tiny_folder(home / "base", "InternLM2ForCausalLM")
     for name, colour in (("tomato", "red"), ("lime", "green")):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
+
 from tessella import cli, demo
 from tessella.checkpoint.folder import changed_files
 from tessella.demo import MARKER, PARTS, QUESTIONS, Plan, prepare, questions, row, run, write_rows

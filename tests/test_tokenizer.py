@@ -12,7 +12,6 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
 
 from tessella.errors import CheckpointError, PromptError
 from tessella.tokenizer import Tokenizer
@@ -218,7 +217,8 @@ def test_json_ids_equal_the_tokenizers_package(folders, loaded, text):
 
 @pytest.mark.parametrize("text", ["I'll eat 1234 dishes.\n\n  Now!", "图中是什么食物？", "e\u0301 🍜", "   x  \n", "user\nWhat?"])
 def test_qwen2_ids_equal_transformers(folders, text):
-    theirs = Qwen2Tokenizer.from_pretrained(str(folders["qwen2"]))
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test; PEFT brings it")
+    theirs = transformers.Qwen2Tokenizer.from_pretrained(str(folders["qwen2"]))
     assert Tokenizer.load(folders["qwen2"]).encode(text) == theirs(text)["input_ids"]
 
 

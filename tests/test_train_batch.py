@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
+
 from tessella.chat import Message
 from tessella.checkpoint.read import load
 from tessella.errors import ConfigError

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
+
 from tessella.chat import Message
 from tessella.checkpoint import folder as folders
 from tessella.checkpoint.read import load

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
+
 from peft.tuners.lora import Linear as PeftLinear
 
 from tessella.train.lora import LoraLinear, prepare

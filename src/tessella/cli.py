@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
+from tessella.checkpoint.published import PUBLISHED
 from tessella.errors import ConfigError, TessellaError
 from tessella.foods import STYLES
-from tessella.mistakes import MENDABLE, OUT_OF_MEMORY, is_out_of_memory, tell
+from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, is_out_of_memory, tell
 from tessella.train.recipe import Recipe, load_recipe
 
 ABOUT = """InternVL2 from tiles to tokens to an answer: ask, teach, convert, compare, ask again.
@@ -32,7 +33,8 @@ examples:
   tessella evaluate tessella-nano ./mine --data photos/ --html report.html
 
 tessella COMMAND --help tells the rest. A MODEL is a folder in the official InternVL2 layout, an adapter folder that finetune
-wrote, or tessella-nano, the built-in model (its parts are fetched once, on first use)."""
+wrote, a name on a hub (OpenGVLab/InternVL2-2B, with @REVISION if wanted; modelscope:OpenGVLab/InternVL2-2B), or
+tessella-nano, the built-in model (its parts are fetched once, on first use)."""
 
 CHAT = """Ask about pictures, or just talk.
 
@@ -97,7 +99,8 @@ INSPECT = """What the model will really see.
 examples:
   tessella inspect dish.jpg --output tiles.png       its tiles, drawn, with the tokens they cost
   tessella inspect sivqa_llava.json                  lengths, tiles, what is learned, what is wrong
-  tessella inspect ./InternVL2-2B                    parts, parameters, memory"""
+  tessella inspect ./InternVL2-2B                    parts, parameters, memory
+  tessella inspect InternVL2-26B                     of a published model, before anything is fetched"""
 
 DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, score again, ask again.
 
@@ -356,11 +359,11 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
 
 
 def words_of_chat(model: str | None, prompt: str | None) -> tuple[str, str | None]:
-    """One word alone is a MODEL when it looks like one (tessella-nano, a folder, a path, owner/name), else the PROMPT."""
+    """One word alone is a MODEL when it looks like one (a name that we know, a folder, a path, owner/name), else the PROMPT."""
     if model is None or prompt is not None:
         return model or "tessella-nano", prompt
     is_path = model.startswith((".", "/", "~")) or ("/" in model and not any(mark.isspace() for mark in model))
-    if model == "tessella-nano" or is_path or Path(model).is_dir():
+    if model == "tessella-nano" or model in PUBLISHED or is_path or Path(model).is_dir():
         return model, None
     return "tessella-nano", model
 
@@ -422,6 +425,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError:
         return tell(OUT_OF_MEMORY)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        return tell(f"{error.name} is not installed; {OPTIONAL[error.name]}")
     except OSError as error:
         if error.errno not in MENDABLE:
             raise

@@ -42,4 +42,4 @@ class MemoryError_(TessellaError):
 
 
 class DownloadError(TessellaError):
-    """A part of the built-in model could not be fetched, or came with the wrong hash."""
+    """A model on a hub, or a part of the built-in one, could not be fetched, or came broken."""

@@ -13,14 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from tessella.chat import Message, place_marks
-from tessella.checkpoint.read import find_model, resolve_head
+from tessella.checkpoint.blank import blank_model
+from tessella.checkpoint.hub import has_weights, hub_name
+from tessella.checkpoint.published import HUB, PUBLISHED, published_config
+from tessella.checkpoint.read import find_model, layout_of, resolve_head
 from tessella.checkpoint.weights import open_weights
-from tessella.config import ModelConfig, load_config
+from tessella.config import ModelConfig, load_config, model_config, read_config_json
 from tessella.errors import DataError
 from tessella.image import Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
-from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
 from tessella.train.survey import render_survey, runs_of, survey
 
@@ -45,7 +47,7 @@ def inspect(thing: str, model: str, output: Path | None, max_tiles: int | None, 
 
 def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, ModelConfig]:
     """Prompts and tiles of a model, without its weights."""
-    folder, _ = find_model(model)
+    folder, _ = find_model(model, weights=False)
     config = load_config(folder)
     return Inputs(config, Tokenizer.load(folder), max_tiles=max_tiles), config
 
@@ -138,8 +140,7 @@ class Parts:
 
 def count_parts(config: ModelConfig) -> Parts:
     """Count on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(config)
+    model = blank_model(config)
     language = model.language_model
 
     def count(module: torch.nn.Module | None) -> int:
@@ -155,47 +156,63 @@ def count_parts(config: ModelConfig) -> Parts:
     )
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a name stands for, and what is known of it without loading weights."""
+
+    config: ModelConfig
+    folder: Path | None  # None: a published model's built-in config
+    adapter: Path | None
+    disk_bytes: int | None  # None: the weights are not here
+
+    @property
+    def place(self) -> str:
+        if self.folder is None:
+            return "none: this is the built-in config of a published model"
+        return str(self.folder) + (f", with the adapter {self.adapter}" if self.adapter else "")
+
+
+def find(name: str) -> Found:
+    """A published name by its built-in config alone; anything else by its folder, its weights not fetched."""
+    if name in PUBLISHED and not Path(name).is_dir():
+        return Found(published_config(name), None, None, None)
+    folder, adapter = find_model(name, weights=False)
+    raw = read_config_json(folder)
+    config = model_config(raw)
+    if hub_name(name) and not Path(name).is_dir() and not has_weights(folder):
+        return Found(config, folder, adapter, None)
+    weights = open_weights(folder)
+    return Found(resolve_head(config, weights, layout_of(raw)), folder, adapter, weights.num_bytes())
+
+
 def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[str, Any]:
     """Parts, parameters and memory of a model, its weights not loaded."""
-    folder, adapter = find_model(name)
-    weights = open_weights(folder)
-    config = resolve_head(load_config(folder), weights)
-    parts = count_parts(config)
+    found = find(name)
+    config, parts = found.config, count_parts(found.config)
     where = choose_device(device)
     number = choose_dtype(dtype, where)
     size = number.itemsize
-    vision, language = config.vision, config.language
+    language = config.language
     cache = 2 * language.num_layers * language.num_kv_heads * language.head_dim * size
     weight_bytes, chat_bytes = parts.total * size, parts.total * size + cache * config.context_tokens
     word = str(number).removeprefix("torch.")
-    most = config.max_tiles + (1 if config.use_thumbnail and config.max_tiles > 1 else 0)
     facts = {
-        "folder": str(folder) + (f", with the adapter {adapter}" if adapter else ""),
-        "tower": f"{millions(parts.tower)}: {vision.num_layers} layers of {vision.hidden_size}, {vision.norm}, "
-        f"tiles of {config.tile_size_px} px in patches of {vision.patch_size_px} px",
-        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, "
-        f"pixel shuffle {config.pixel_shuffle_version}",
-        "language model": f"{millions(parts.layers)}: {language.architecture}, "
-        f"{language.num_layers} layers of {language.hidden_size}, "
-        f"{language.num_heads} heads on {language.num_kv_heads}",
-        "embeddings": f"{millions(parts.embeddings)}: {language.vocab_size:,} tokens"
-        + (", the head is the same table" if not parts.head else f"; the head {millions(parts.head)}"),
-        "all": millions(parts.total),
-        "prompt": f"template {config.template}, {config.context_tokens:,} tokens; 1 to {most} tiles a picture, thumbnail counted",
-        "on disk": f"{weights.num_bytes() / 2**30:.2f} GiB",
-        f"in memory, {word}": f"{weight_bytes / 2**30:.2f} GiB of weights, and {cache:,} bytes a token of conversation: "
-        f"{chat_bytes / 2**30:.2f} GiB when the context is full",
+        "folder": found.place,
+        **facts_of_parts(config, parts),
+        "on disk": on_disk(name, found, parts),
+        f"in memory, {word}": f"{gib(weight_bytes)} of weights, and {cache:,} bytes a token of conversation: "
+        f"{gib(chat_bytes)} when the context is full",
     }
     print_facts(name, facts, console)
     return {
         "kind": "model",
         "model": name,
-        "folder": str(folder),
-        "adapter": None if adapter is None else str(adapter),
+        "folder": None if found.folder is None else str(found.folder),
+        "adapter": None if found.adapter is None else str(found.adapter),
         "parameters": {**asdict(parts), "total": parts.total},
         "dtype": word,
         "device": str(where),
-        "disk_bytes": weights.num_bytes(),
+        "disk_bytes": found.disk_bytes,
         "weight_bytes": weight_bytes,
         "cache_bytes_per_token": cache,
         "full_context_bytes": chat_bytes,
@@ -205,6 +222,36 @@ def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[
         "max_tiles": config.max_tiles,
         "template": config.template,
     }
+
+
+def facts_of_parts(config: ModelConfig, parts: Parts) -> dict[str, str]:
+    """A line for each part."""
+    vision, language = config.vision, config.language
+    most = config.max_tiles + (1 if config.use_thumbnail and config.max_tiles > 1 else 0)
+    return {
+        "tower": f"{millions(parts.tower)}: {vision.num_layers} layers of {vision.hidden_size}, {vision.norm}, "
+        f"tiles of {config.tile_size_px} px in patches of {vision.patch_size_px} px",
+        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, "
+        f"pixel shuffle {config.pixel_shuffle_version}",
+        "language model": f"{millions(parts.layers)}: {language.architecture}, "
+        f"{language.num_layers} layers of {language.hidden_size}, "
+        f"{language.num_heads} heads on {language.num_kv_heads}",
+        "embeddings": f"{millions(parts.embeddings)}: {language.vocab_size:,} tokens"
+        + (", the head is the same table" if not parts.head else f"; the head {millions(parts.head)}"),
+        "all": f"{millions(parts.total)}: {parts.total:,} parameters",
+        "prompt": f"template {config.template}, {config.context_tokens:,} tokens; 1 to {most} tiles a picture, thumbnail counted",
+    }
+
+
+def on_disk(name: str, found: Found, parts: Parts) -> str:
+    if found.disk_bytes is not None:
+        return gib(found.disk_bytes)
+    hub = f"{HUB}/{name}" if found.folder is None else name
+    return f"not here; {hub} fetches about {gib(2 * parts.total)}"  # all were published in bfloat16
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
 
 
 def millions(count: int) -> str:

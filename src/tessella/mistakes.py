@@ -22,6 +22,9 @@ MENDABLE = {
     errno.EISDIR: "it is a folder; give a file",
 }
 
+# Packages that only some commands need -> how to get them.
+OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
+
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator gives up."""

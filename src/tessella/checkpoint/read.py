@@ -1,13 +1,12 @@
 """A model folder becomes a model: by memory map, tensor by tensor, strict about names and shapes.
 
-In: "tessella-nano", a folder in the official or the native layout, an adapter folder, or a hub name that is on this disk.
+In: "tessella-nano", a folder in the official or the native layout, an adapter folder, or a name on a hub.
 Out: Loaded: model, tokenizer, inputs, config.
 Rules: every tensor of the file is used, listed as unused, or an error; every parameter is filled or an error.
 A head that is tied (tie_word_embeddings) but stored all the same is passed over when it equals the embedding
 table; when it differs, the weights are believed and the model is read as untied.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from tessella.checkpoint.adapters import is_adapter, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
+from tessella.checkpoint.hub import hub_folder, hub_name
 from tessella.checkpoint.lowrank import fit, merge_adapter
 from tessella.checkpoint.names import EMBEDDING, HEAD, Layout, as_in_files, group_of, groups_of, is_computed, stored_shapes
+from tessella.checkpoint.published import HUB, PUBLISHED
 from tessella.checkpoint.weights import Weights, open_weights, some
 from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json
-from tessella.errors import CheckpointError, MemoryError_
+from tessella.errors import CheckpointError, DownloadError, MemoryError_
 from tessella.inputs import Inputs
 from tessella.model.device import choose_device, choose_dtype
 from tessella.model.vision_language import VisionLanguageModel
@@ -69,16 +70,17 @@ def load(
     return Loaded(model, tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
 
 
-def find_model(name_or_folder: str | Path, adapter: Path | None = None) -> tuple[Path, Path | None]:
+def find_model(name_or_folder: str | Path, adapter: Path | None = None, *, weights: bool = True) -> tuple[Path, Path | None]:
     """What a person typed -> (model folder, adapter folder or None). An adapter folder names its own base.
 
-    Raises CheckpointError when it is no folder and not on this disk.
+    A name on a hub is fetched when it is not in the local cache; weights False: its config and tokenizer are enough.
+    Raises CheckpointError when it is neither a folder nor a name, DownloadError when it cannot be fetched.
     """
     if str(name_or_folder) == NANO:
         return nano_folder(), adapter
     folder = Path(name_or_folder).expanduser()
     if not folder.is_dir():
-        return _hub_snapshot(str(name_or_folder)), adapter
+        folder = _from_hub(str(name_or_folder), weights)
     if not is_adapter(folder):
         return folder, adapter
     if adapter is not None:
@@ -91,26 +93,23 @@ def find_model(name_or_folder: str | Path, adapter: Path | None = None) -> tuple
     if base != NANO and is_adapter(Path(base).expanduser()):
         raise CheckpointError(f"the base of {folder} is itself an adapter ({base}); convert that one first")
     try:
-        return find_model(base)[0], folder
-    except CheckpointError as error:
+        return find_model(base, weights=weights)[0], folder
+    except (CheckpointError, DownloadError) as error:
         raise CheckpointError(f"the base of {folder} is not to be had: {error}; or name the base yourself") from error
 
 
-def _hub_snapshot(name: str) -> Path:
-    """The newest snapshot of a hub name in the local cache. No network: it only looks. Raises CheckpointError."""
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub").expanduser()
-    if name.count("/") == 1 and ".." not in name and not name.startswith((".", "/", "~")):
-        repository = hub / f"models--{name.replace('/', '--')}"
-        reference = repository / "refs" / "main"
-        if reference.is_file():
-            snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
-            if snapshot.is_dir():
-                return snapshot
-        raise CheckpointError(
-            f'there is no folder "{name}" here, and no such model in {hub}; if it is a hub name, fetch it first: '
-            f"huggingface-cli download {name} --local-dir {name.split('/')[1]}, and give that folder; or say {NANO}"
-        )
-    raise CheckpointError(f'there is no folder "{name}"; give a folder in the official InternVL2 layout, or {NANO}')
+def _from_hub(word: str, weights: bool) -> Path:
+    name = hub_name(word)
+    if name is not None:
+        return hub_folder(name, weights=weights)
+    if word in PUBLISHED:
+        raise CheckpointError(f"{word} is a published model, and its weights are not here; say {HUB}/{word} to fetch them")
+    family = [known for known in PUBLISHED if known.startswith(word.partition("-")[0] + "-")]
+    known = f"; published models of that family are {', '.join(family)}" if family else ""
+    raise CheckpointError(
+        f'there is no folder "{word}"; give a folder in the official InternVL2 layout, a name on a hub '
+        f"such as {HUB}/InternVL2-2B, or {NANO}{known}"
+    )
 
 
 def load_model(
