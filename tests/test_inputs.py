@@ -85,7 +85,7 @@ def test_training_and_talking_see_the_same_ids(tokenizer, template):
 def test_bos_stands_only_where_family_and_tokenizer_want_it(tokenizer):
     bos = tokenizer.id_of("<s>")
     message = [Message("user", "what?")]
-    for template, wanted in (("internlm2-chat", True), ("Hermes-2", False), ("internvl2_5", False), ("chatml", False)):
+    for template, wanted in (("internlm2-chat", True), ("Hermes-2", False), ("internvl2_5", True), ("chatml", False)):
         ids = Inputs(config(template=template), tokenizer).build(message).ids.tolist()
         assert (ids[0] == bos, ids.count(bos)) == (wanted, int(wanted))
 
@@ -172,8 +172,8 @@ def test_settings_that_cannot_be_are_refused_at_once(tokenizer, tmp_path: Path):
         Inputs(config(), tokenizer, max_tiles=41)
     with pytest.raises(ConfigError, match="context_tokens is 0"):
         Inputs(config(), tokenizer, context_tokens=0)
-    with pytest.raises(ConfigError, match="phi3-chat"):
-        Inputs(config(template="phi3-chat"), tokenizer)
+    with pytest.raises(ConfigError, match="llama3-chat"):
+        Inputs(config(template="llama3-chat"), tokenizer)
     small = dataclasses.replace(config().language, vocab_size=tokenizer.vocab_size - 1)
     with pytest.raises(CheckpointError, match=f"{tokenizer.vocab_size:,} tokens, the model {tokenizer.vocab_size - 1:,} rows"):
         Inputs(config(language=small), tokenizer)

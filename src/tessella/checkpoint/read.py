@@ -107,7 +107,7 @@ def _from_hub(word: str, weights: bool) -> Path:
     family = [known for known in PUBLISHED if known.startswith(word.partition("-")[0] + "-")]
     known = f"; published models of that family are {', '.join(family)}" if family else ""
     raise CheckpointError(
-        f'there is no folder "{word}"; give a folder in the official InternVL2 layout, a name on a hub '
+        f'there is no folder "{word}"; give a folder in the official or the native layout, a name on a hub '
         f"such as {HUB}/InternVL2-2B, or {NANO}{known}"
     )
 
