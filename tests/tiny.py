@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessella.chat import TEMPLATES as TEMPLATES_BY_NAME
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
-from tessella.checkpoint.names import join, official_name
+from tessella.checkpoint.names import groups_of
 from tessella.config import LanguageConfig, Llama3Rope, LongRope, ModelConfig, VisionConfig
 from tessella.model.vision_language import VisionLanguageModel
 
@@ -147,8 +147,10 @@ def tiny_folder(
     config = config or tiny_config(architecture)
     model = tiny_model(config, seed)
     ours = {name: weight.detach().to(dtype) for name, weight in model.named_parameters()}
-    names = dict.fromkeys(official_name(name, config.language) for name in ours)
-    state = {name: join(name, ours, config.language).contiguous() for name in names}
+    state: dict[str, Tensor] = {}
+    for group in groups_of(ours, "official", config.language):
+        state |= group.to_stored([ours[name] for name in group.ours], config.language)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     path.mkdir(parents=True, exist_ok=True)
     write_weights(path, state, sharded)
     tokenizer = tiny_tokenizer()
