@@ -6,6 +6,7 @@ The oracles: PEFT on transformers' own class and on a stand-in with the official
 import io
 import json
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny
+from tessella import cli
 from tessella.checkpoint.adapters import AdapterSettings, read_adapter, save_adapter
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.proof import prove
@@ -412,3 +414,24 @@ def test_official_names_are_those_of_a_model_with_fused_layers(internlm2: Path, 
     merged = wrapped.merge_and_unload().language_model.model.layers.get_submodule("1").attention.wqkv.weight
     wanted = load_file(tmp_path / "merged" / "model.safetensors")["language_model.model.layers.1.attention.wqkv.weight"]
     assert torch.allclose(merged, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_commands_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of docs/convert.md, on tiny folders under the names that stand there."""
+    page = (Path(__file__).parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    tessella ((?:convert|verify) +\S*\w.*?)(?:  +#.*)?$", page, flags=re.MULTILINE)
+    commands = [command.split() for command in commands if not re.search(r"\b(IN|A) (OUT|B)\b", command)]
+    monkeypatch.chdir(tmp_path)
+    base = tiny.tiny_folder(Path("InternVL2-2B"), INTERNLM2)
+    model = load_model(base)[0]
+    save_adapter(Path("runs/food"), random_pairs(model), AdapterSettings(str(base.resolve()), RANK, ALPHA))
+    save_adapter(Path("runs/second"), random_pairs(model, seed=2), AdapterSettings(str(Path("runs/food").resolve()), RANK, ALPHA))
+    pairs = official_pairs(base, tower=False)
+    Path("work_dirs").mkdir()
+    training_checkpoint(base, Path("work_dirs/lora-checkpoint"), pairs, tower=False)
+    torch.save({"state_dict": xtuner_state(pairs, base)}, "iter_640.pth")
+    Path("internvl_v2_internlm2_2b_lora_finetune_food.py").write_text(XTUNER_CONFIG)
+    assert len(commands) >= 12
+    for command in commands:
+        again = ["--force"] if command[0] == "convert" and Path(command[2]).exists() else []
+        assert cli.main([*command, *again]) == 0, command
