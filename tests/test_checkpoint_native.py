@@ -76,6 +76,7 @@ def prompts(loaded: Loaded) -> dict[str, ModelInput]:
 def test_official_to_native_to_official_gives_the_same_tensors_and_files(tmp_path: Path, name: str) -> None:
     base = base_of(tmp_path / "base", name, sharded=name in ("Yi", "Phi-3"), dtype=torch.bfloat16)
     (base / "modeling_internvl_chat.py").write_text("raise SystemExit  # never run")
+    edit_config(base, inherited=[1], llm_config__transformers_version="4.37.2")
     native = write(base, tmp_path / "native", "native")
     assert load_config(native) == load_config(base) and not same(base, native)
     back = write(native, tmp_path / "back", "official")
@@ -259,6 +260,7 @@ def test_what_transformers_leaves_out_is_what_it_would_fill_in() -> None:
         ({"architectures": ["LlavaForConditionalGeneration"]}, r"Llava.*InternVLChatModel.*InternVLForConditionalGeneration"),
         ({"tessella": None, "text_config__model_type": "gpt_oss"}, r"gpt_oss \(text_config\.model_type\).*Qwen3ForCausalLM"),
         ({"tessella__architecture": "MambaForCausalLM"}, "MambaForCausalLM.*we can run InternLM2ForCausalLM"),
+        ({"tessella__architecture": "InternLM2ForCausalLM"}, 'InternLM2ForCausalLM", but text_config.model_type is "qwen2"'),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\]"),
         ({"vision_feature_select_strategy": "full"}, 'must be "default"'),
         ({"vision_config__use_mean_pooling": False}, "use_mean_pooling is False, must be True"),
@@ -288,6 +290,11 @@ def test_what_the_native_layout_cannot_say_is_refused(fields: dict[str, Any], me
     config = ModelConfig(**{**vars(tiny.family("InternLM2")), **fields})
     with pytest.raises(ConfigError, match=message):
         native_config(config, "float32", image_token_id=7, end_id=8)
+
+
+def test_a_model_of_one_tile_keeps_what_it_says_of_the_thumbnail() -> None:
+    config = ModelConfig(**{**vars(tiny.family("InternLM2")), "use_thumbnail": False, "max_tiles": 1})
+    assert model_config(native_config(config, "float32", image_token_id=7, end_id=8)) == config
 
 
 def test_weights_of_the_other_layout_are_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from tessella.config import LanguageConfig, ModelConfig, VisionConfig
 from tessella.generate import all_logits, generate, generate_batch
 from tessella.image import normalise
@@ -204,6 +205,13 @@ def test_a_row_is_answered_alike_in_any_company(order, together):
     alone = {name: list(generate(ours, PROMPTS[name], params, stop_ids=(11,))) for name in PROMPTS}
     got = generate_batch(ours, [PROMPTS[name] for name in order], params, (11,), rows_at_once=together)
     assert got == [alone[name] for name in order]
+
+
+def test_a_row_beyond_phi3s_original_length_changes_no_neighbour():
+    config = tiny.family("Phi-3")
+    ours, rows = tiny.tiny_model(config), [prompt("x" * 50), prompt("y" * config.language.unstretched_tokens)]
+    params = SamplingParams(max_tokens=8)
+    assert generate_batch(ours, rows, params, ()) == [list(generate(ours, row, params, stop_ids=())) for row in rows]
 
 
 def test_pixel_shuffle_puts_each_square_row_by_row():

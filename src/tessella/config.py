@@ -24,6 +24,8 @@ MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
 }
+# InternLM2 is Llama by its arithmetic, and transformers knows only the latter.
+NATIVE_MODEL_TYPES = {**MODEL_TYPES, "InternLM2ForCausalLM": "llama"}
 CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus answer
 
 
@@ -160,8 +162,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no config.json, so it is no model folder; give a folder in the official InternVL2 layout, "
-            "or in the native one of transformers"
+            f"{folder} holds no config.json, so it is no model folder; give one in the official or the native layout"
         )
     return read_json(path)
 
@@ -230,11 +231,14 @@ def _native(raw: Mapping[str, Any]) -> ModelConfig:
     vision = vision_config(_as_official_vision(_section(raw, "vision_config")))
     text = _section(raw, "text_config")
     kind = str(_need(text, "model_type", "text_config"))
-    architecture = next((name for name, known in MODEL_TYPES.items() if known == kind), f"{kind} (text_config.model_type)")
+    usual = next((name for name, known in MODEL_TYPES.items() if known == kind), f"{kind} (text_config.model_type)")
+    architecture = str(own.get("architecture") or usual)
+    if NATIVE_MODEL_TYPES.get(architecture, kind) != kind:
+        raise ConfigError(f'config.json: tessella.architecture is "{architecture}", but text_config.model_type is "{kind}"')
     section = {"tie_word_embeddings": raw.get("tie_word_embeddings", False), **NATIVE_TEXT_DEFAULTS.get(kind, {}), **text}
     if "rope_theta" not in (text.get("rope_parameters") or text):
         section["rope_theta"] = NATIVE_ROPE_THETA
-    language = language_config(section, str(own.get("architecture") or architecture), "text_config")
+    language = language_config(section, architecture, "text_config")
     layer = raw.get("vision_feature_layer", -1)
     if not isinstance(layer, int):
         raise ConfigError(f"config.json: vision_feature_layer is {layer}, must be one number")
@@ -248,6 +252,7 @@ def _native(raw: Mapping[str, Any]) -> ModelConfig:
         select_layer=layer,
         min_tiles=int(own.get("min_dynamic_patch", 1)),
         max_tiles=int(own.get("max_dynamic_patch", 12)),
+        use_thumbnail=bool(own.get("use_thumbnail", True)),
         context_tokens=min(CONTEXT_TOKENS, language.max_positions),
     )
 
@@ -261,17 +266,9 @@ NATIVE_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
 }
-NATIVE_VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": [448, 448],
-    "patch_size": [14, 14],
-    "attention_bias": False,
-    "use_qk_norm": False,
-    "layer_scale_init_value": 0.1,
-}
+NATIVE_VISION_DEFAULTS: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+NATIVE_VISION_DEFAULTS |= {"num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14]}
+NATIVE_VISION_DEFAULTS |= {"attention_bias": False, "use_qk_norm": False, "layer_scale_init_value": 0.1}
 
 
 def _as_official_vision(native: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,20 @@ configuration_internvl.py, modeling_rope_utils.py and image_processing_got_ocr2.
 from collections.abc import Sequence
 from typing import Any
 
-from tessella.config import MODEL_TYPES, NATIVE, OFFICIAL, LanguageConfig, ModelConfig, VisionConfig, long_attention_factor
+from tessella.config import (
+    MODEL_TYPES,
+    NATIVE,
+    NATIVE_MODEL_TYPES,
+    OFFICIAL,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+    long_attention_factor,
+)
 from tessella.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# InternLM2 is Llama by its arithmetic, and transformers knows only the latter.
-NATIVE_MODEL_TYPES = {**MODEL_TYPES, "InternLM2ForCausalLM": "llama"}
 
 
 def official_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
@@ -125,6 +132,7 @@ def native_config(config: ModelConfig, dtype_name: str, *, image_token_id: int, 
             "template": config.template,
             "min_dynamic_patch": config.min_tiles,
             "max_dynamic_patch": config.max_tiles,
+            "use_thumbnail": config.use_thumbnail,
         },
     }
 
