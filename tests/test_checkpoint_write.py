@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -71,6 +71,7 @@ def test_side_files_of_the_base_are_carried_over_untouched_and_its_config_kept(t
     assert not (out / "adapter_config.json").exists()
 
 
+@settings(deadline=None)  # each file is synced to a disk that may be busy
 @given(shapes=st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=5))
 def test_our_writer_is_read_by_safetensors_whatever_the_shapes(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]]

@@ -39,7 +39,7 @@ def test_the_run_leaves_its_recipe_and_its_result(story: Path) -> None:
 
 def test_converting_proves_itself(story: Path) -> None:
     result = json.loads((story / "convert.json").read_text(encoding="utf-8"))
-    assert result["proof"]["holds"] and result["largest_logit_difference"] == result["proof"]["largest_difference"]
+    assert result["proof"]["holds"] and result["largest_logit_difference"] == result["proof"]["logits"]["largest_difference"]
 
 
 def test_exactly_what_the_run_held_out_is_scored(story: Path, capsys: pytest.CaptureFixture[str]) -> None:

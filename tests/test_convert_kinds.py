@@ -3,82 +3,38 @@
 The oracles: PEFT on transformers' own class and on a stand-in with the official module names, and loops written here.
 """
 
-import io
 import json
-import pickle
-import sys
-import types
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny
+from taught import (
+    ALPHA,
+    RANK,
+    XTUNER_CONFIG,
+    merged_by_hand,
+    official_pairs,
+    random_pairs,
+    require_equal,
+    training_checkpoint,
+    xtuner_state,
+)
+from tessella import cli
 from tessella.checkpoint.adapters import AdapterSettings, read_adapter, save_adapter
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.proof import prove
 from tessella.checkpoint.read import load, load_model
 from tessella.checkpoint.source import Origin, Source, kind_of, open_source
 from tessella.checkpoint.verify import logits_on, probes
-from tessella.checkpoint.xtuner import lora_scales
 from tessella.errors import CheckpointError, ConfigError
-from tessella.model.vision_language import VisionLanguageModel
 
 INTERNLM2, LLAMA, QWEN2, PHI3 = "InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"
-RANK, ALPHA = 4, 8
-INNER = "base_model.model."  # what PEFT puts before a module's name
-
-
-def random_pairs(model: VisionLanguageModel, *, heads: bool = False, tower: bool = False, seed: int = 1) -> dict[str, Tensor]:
-    """A random LoRA under our names on the decoder's linear layers, the head and the tower if asked."""
-    chance = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, weight in model.named_parameters():
-        is_layer = name.startswith("language_model.model.layers") and name.endswith("proj.weight")
-        is_head = heads and name == "language_model.lm_head.weight"
-        is_tower = (
-            tower and name.startswith("vision_model.encoder") and name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))
-        )
-        if is_layer or is_head or is_tower:
-            module = name.removesuffix(".weight")
-            state[f"{module}.lora_A.weight"] = torch.randn(RANK, weight.shape[1], generator=chance) / 8
-            state[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], RANK, generator=chance) / 8
-    return state
-
-
-def official_pairs(base: Path, *, tower: bool = True, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """A random LoRA on every linear layer of an official folder, the head included, under the names that stand there."""
-    chance = torch.Generator().manual_seed(2)
-    state = {}
-    for name, weight in load_file(base / "model.safetensors").items():
-        in_decoder = name.startswith("language_model.") and (
-            "layers" in name or name.endswith(("output.weight", "lm_head.weight"))
-        )
-        in_tower = tower and ".encoder." in name
-        if weight.dim() == 2 and (in_decoder or in_tower) and not name.endswith(skip):
-            module = name.removesuffix(".weight")
-            state[f"{module}.lora_A"] = torch.randn(RANK, weight.shape[1], generator=chance) / 8
-            state[f"{module}.lora_B"] = torch.randn(weight.shape[0], RANK, generator=chance) / 8
-    return state
-
-
-def merged_by_hand(base: Path, pairs: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The official tensors with the pairs added, by a loop."""
-    state = load_file(base / "model.safetensors")
-    for name in [name for name in pairs if name.endswith("lora_A")]:
-        module = name.removesuffix(".lora_A")
-        state[f"{module}.weight"] = state[f"{module}.weight"] + scale * pairs[f"{module}.lora_B"] @ pairs[name]
-    return state
-
-
-def require_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.allclose(found[name], tensor, atol=1e-5, rtol=0), name
 
 
 def logits_of(source: Source) -> list[Tensor]:
@@ -170,30 +126,6 @@ def test_peft_on_transformers_own_class_answers_like_us(internlm2: Path, tmp_pat
         assert torch.allclose(found, wanted, atol=1e-4, rtol=0)
 
 
-def training_checkpoint(base: Path, place: Path, pairs: dict[str, Tensor], *, tower: bool) -> Path:
-    """What the official code saves while it trains with LoRA: PEFT's names inside the model's own."""
-    state = {}
-    for name, tensor in load_file(base / "model.safetensors").items():
-        wrapped = name.startswith("language_model.") or (tower and name.startswith("vision_model."))
-        part, _, rest = name.partition(".")
-        taught = f"{name.removesuffix('.weight')}.lora_A" in pairs
-        new = f"{part}.{INNER}{rest}" if wrapped else name
-        state[new.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias") if taught else new] = tensor
-        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.lora_A" in pairs:
-            state[new.replace(".bias", ".base_layer.bias")] = state.pop(new)
-    for name, tensor in pairs.items():
-        part, _, rest = name.partition(".")
-        state[f"{part}.{INNER}{rest}.default.weight"] = tensor
-    place.mkdir()
-    for file in base.iterdir():
-        if file.suffix == ".json":
-            (place / file.name).write_bytes(file.read_bytes())
-    raw = {**json.loads((base / "config.json").read_text()), "use_llm_lora": RANK, "use_backbone_lora": RANK if tower else 0}
-    (place / "config.json").write_text(json.dumps(raw))
-    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
-    return place
-
-
 @pytest.mark.parametrize("tower", [False, True])
 def test_an_official_training_checkpoint_is_merged_and_split(internlm2: Path, tmp_path: Path, tower: bool) -> None:
     pairs = official_pairs(internlm2, tower=tower, skip=("output.weight",))
@@ -250,133 +182,6 @@ def test_an_adapter_that_is_over_its_bases_its_own_base_is_told(internlm2: Path,
         convert(tmp_path / "first", tmp_path / "out")
 
 
-# ---- XTuner
-
-XTUNER_CONFIG = """
-from peft import LoraConfig
-raise SystemExit('this text must never run')
-lora_r = 4
-model = dict(
-    type=InternVL_V1_5,
-    model_path='./InternVL2-2B',
-    freeze_llm=True,
-    llm_lora=dict(type=LoraConfig, r=lora_r, lora_alpha=8, lora_dropout=0.05, target_modules=None, task_type='CAUSAL_LM'),
-    visual_encoder_lora=dict(type=LoraConfig, r=4, lora_alpha=16, target_modules=['attn.qkv']))
-"""
-
-
-BUFFER_MODULE = "mmengine.logging.history_buffer"
-
-
-def message_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The logger's part of a checkpoint, under the names that mmengine gives it, with its own methods in its state."""
-
-    def mean(self: Any) -> float:
-        return float(self.log_history.mean())
-
-    def state_of(self: Any) -> dict[str, Any]:
-        return {"log_history": np.array([1.5, 2.5]), "statistics_methods": {"mean": type(self).mean}}
-
-    mean.__qualname__, mean.__module__ = "HistoryBuffer.mean", BUFFER_MODULE
-    buffer = type("HistoryBuffer", (), {"__module__": BUFFER_MODULE, "mean": mean, "__getstate__": state_of})
-    for name in ("mmengine", "mmengine.logging", BUFFER_MODULE):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setattr(sys.modules[BUFFER_MODULE], "HistoryBuffer", buffer, raising=False)
-    return {"log_scalars": {"loss": buffer()}, "runtime_info": {"lr": np.float64(3e-5)}}
-
-
-def xtuner_state(pairs: dict[str, Tensor], base: Path) -> dict[str, Tensor]:
-    """What XTuner saves of a model: the pairs and all of the projector."""
-    state = {}
-    for name, tensor in pairs.items():
-        part, _, rest = name.partition(".")
-        state[f"model.{part}.{INNER}{rest}.default.weight"] = tensor
-    return state | {f"model.{n}": t + 0.05 for n, t in load_file(base / "model.safetensors").items() if n.startswith("mlp1.")}
-
-
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_xtuners_pth_is_merged_like_by_hand(
-    internlm2: Path, tmp_path: Path, as_folder: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = official_pairs(internlm2)
-    assert any(name.startswith("language_model.output") for name in pairs)  # XTuner adapts the head, too
-    saved = {"meta": {"seed": None}, "message_hub": message_hub(monkeypatch), "param_schedulers": [{"last_step": 640}]}
-    path = tmp_path / "iter_640.pth"
-    if as_folder:
-        path.mkdir()
-        torch.save({**saved, "module": xtuner_state(pairs, internlm2), "ds_version": "0.15"}, path / "mp_rank_00_model_states.pt")
-    else:
-        torch.save({**saved, "state_dict": xtuner_state(pairs, internlm2)}, path)
-    (tmp_path / "config.py").write_text(XTUNER_CONFIG)
-    result = convert(path, tmp_path / "out", origin=Origin(str(internlm2), xtuner_config=tmp_path / "config.py"))
-    assert result.kind == "xtuner" and result.proof.holds
-    tower = {name: tensor for name, tensor in pairs.items() if name.startswith("vision_model.")}
-    language = {name: tensor for name, tensor in pairs.items() if name not in tower}
-    wanted = merged_by_hand(internlm2, language, 8 / 4)
-    wanted |= {n: t for n, t in merged_by_hand(internlm2, tower, 16 / 4).items() if n.startswith("vision_model.")}
-    wanted |= {name: tensor + 0.05 for name, tensor in wanted.items() if name.startswith("mlp1.")}
-    require_equal(load_file(tmp_path / "out" / "model.safetensors"), wanted)
-    by_flag = Origin(str(internlm2), lora_alpha=8, tower_lora_alpha=16)
-    adapter = convert(path, tmp_path / "adapter", Wish(to="adapter", names="official"), by_flag)
-    assert adapter.proof.holds and read_adapter(tmp_path / "adapter").base == str(internlm2)
-    assert prove(open_source(tmp_path / "adapter"), open_source(tmp_path / "out"), mode="tensors").holds
-
-
-def test_the_config_is_read_as_text_and_never_run() -> None:
-    scales = lora_scales(XTUNER_CONFIG, "config.py")
-    assert scales["language"].alpha == 8 and scales["language"].rank == 4 and scales["tower"].alpha == 16
-    dumped = lora_scales('model = {"llm_lora": {"lora_alpha": 256, "r": 128, "type": "peft.LoraConfig"}}', "dumped.py")
-    assert dumped["language"].alpha == 256 and "tower" not in dumped
-    for text, told in (("model = dict(", "no Python text"), ("model = dict()", "names no lora_alpha")):
-        with pytest.raises(CheckpointError, match=told):
-            lora_scales(text, "config.py")
-    with pytest.raises(CheckpointError, match="DoRA"):
-        lora_scales("model = dict(llm_lora=dict(r=4, lora_alpha=8, use_dora=True))", "config.py")
-
-
-class _Mine:
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, ("opened-by-a-pickle", "w")
-
-
-def test_a_pickle_with_code_in_it_is_refused_by_name(internlm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": xtuner_state({}, internlm2), "meta": _Mine()}, tmp_path / "evil.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps({"state_dict": _Mine()}))
-    buffer = io.BytesIO()
-    torch.save({"state_dict": _Mine()}, buffer, _use_new_zipfile_serialization=False)
-    (tmp_path / "older.pth").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"pickle with code in it \(io\.open\)"):
-        convert(tmp_path / "evil.pth", tmp_path / "out", origin=Origin(str(internlm2)))
-    for name in ("old.pth", "older.pth"):
-        with pytest.raises(CheckpointError, match="not run"):
-            convert(tmp_path / name, tmp_path / "out", origin=Origin(str(internlm2)))
-    assert not (tmp_path / "opened-by-a-pickle").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_pth_that_lacks_something_is_told(internlm2: Path, tmp_path: Path) -> None:
-    pairs = official_pairs(internlm2, tower=False)
-    torch.save({"state_dict": xtuner_state(pairs, internlm2)}, tmp_path / "iter_1.pth")
-    torch.save({"state_dict": {"encoder.weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "iter_1.pth").read_bytes()[:5000])
-    (tmp_path / "zero3").mkdir()
-    (tmp_path / "zero3" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"")
-    base, out = Origin(str(internlm2)), tmp_path / "out"
-    for name, origin, told in (
-        ("iter_1.pth", Origin(), "--base"),
-        ("iter_1.pth", base, "--lora-alpha"),
-        ("iter_1.pth", Origin(str(internlm2), xtuner_config=tmp_path / "none.py"), "none.py"),
-        ("other.pth", base, "tensors of no InternVL"),
-        ("cut.pth", base, "cannot be read"),
-        ("zero3", base, "zero_to_fp32"),
-    ):
-        with pytest.raises(CheckpointError, match=told):
-            convert(tmp_path / name, out, origin=origin)
-    (tmp_path / "config.py").write_text(XTUNER_CONFIG.replace("lora_r = 4", "lora_r = 8"))
-    with pytest.raises(CheckpointError, match="says rank 8"):
-        convert(tmp_path / "iter_1.pth", out, origin=Origin(str(internlm2), xtuner_config=tmp_path / "config.py"))
-
-
 @pytest.mark.parametrize(
     "wish", [{"to": "native", "names": "native"}, {"to": "adapter", "dtype": "float32"}, {"shard_bytes": 10}]
 )
@@ -412,3 +217,24 @@ def test_official_names_are_those_of_a_model_with_fused_layers(internlm2: Path, 
     merged = wrapped.merge_and_unload().language_model.model.layers.get_submodule("1").attention.wqkv.weight
     wanted = load_file(tmp_path / "merged" / "model.safetensors")["language_model.model.layers.1.attention.wqkv.weight"]
     assert torch.allclose(merged, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_commands_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of docs/convert.md, on tiny folders under the names that stand there."""
+    page = (Path(__file__).parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    tessella ((?:convert|verify) +\S*\w.*?)(?:  +#.*)?$", page, flags=re.MULTILINE)
+    commands = [command.split() for command in commands if not re.search(r"\b(IN|A) (OUT|B)\b", command)]
+    monkeypatch.chdir(tmp_path)
+    base = tiny.tiny_folder(Path("InternVL2-2B"), INTERNLM2)
+    model = load_model(base)[0]
+    save_adapter(Path("runs/food"), random_pairs(model), AdapterSettings(str(base.resolve()), RANK, ALPHA))
+    save_adapter(Path("runs/second"), random_pairs(model, seed=2), AdapterSettings(str(Path("runs/food").resolve()), RANK, ALPHA))
+    pairs = official_pairs(base, tower=False)
+    Path("work_dirs").mkdir()
+    training_checkpoint(base, Path("work_dirs/lora-checkpoint"), pairs, tower=False)
+    torch.save({"state_dict": xtuner_state(pairs, base)}, "iter_640.pth")
+    Path("internvl_v2_internlm2_2b_lora_finetune_food.py").write_text(XTUNER_CONFIG)
+    assert len(commands) >= 12
+    for command in commands:
+        again = ["--force"] if command[0] == "convert" and Path(command[2]).exists() else []
+        assert cli.main([*command, *again]) == 0, command

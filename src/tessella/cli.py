@@ -220,7 +220,12 @@ class Convert:
             device=self.place.device,
         )
         origin = Origin(self.base, self.xtuner_config, self.lora_alpha, self.tower_lora_alpha)
-        result = convert(self.source, self.out, wish, origin)
+        try:
+            result = convert(self.source, self.out, wish, origin)
+        except KeyboardInterrupt:
+            if any(self.out.parent.glob(f".{self.out.name}.*.part")):
+                print("\nFinished shards are kept; the same command goes on from there.", file=sys.stderr)
+            raise
         print(f"{result.folder}: {result.about}\nproved: {result.proof}")
         return result.as_json()
 
