@@ -13,7 +13,7 @@ from tessella import cli
 from tessella.errors import DataError
 from tessella.train.recipe import Recipe
 
-COMMANDS = ("demo", "chat", "finetune", "convert", "evaluate", "inspect")
+COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "inspect")
 
 
 def tessella(*words: str, **options: object) -> subprocess.CompletedProcess[str]:

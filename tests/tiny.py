@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessella.chat import TEMPLATES as TEMPLATES_BY_NAME
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
-from tessella.checkpoint.names import join, official_name
+from tessella.checkpoint.names import groups_of
 from tessella.config import LanguageConfig, Llama3Rope, LongRope, ModelConfig, VisionConfig
 from tessella.model.vision_language import VisionLanguageModel
 
@@ -50,8 +50,8 @@ TEXTS = (
 LONG_ROPE = LongRope(
     short_factor=tuple(1 + 0.05 * i for i in range(8)),
     long_factor=tuple(1.5 + i for i in range(8)),
-    original_positions=256,
-    attention_factor=math.sqrt(1 + math.log(4096 / 256) / math.log(256)),
+    original_positions=224,
+    attention_factor=math.sqrt(1 + math.log(4096 / 224) / math.log(224)),
 )
 
 
@@ -125,6 +125,8 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> VisionLanguageModel:
             noise = torch.randn(weight.shape, generator=chance)
             if weight.dim() == 1:  # norms and layer scales lie around their start, biases around 0
                 weight.copy_(0.1 * noise if name.endswith("bias") else weight + 0.1 * noise)
+            elif "embed_tokens" in name and config.language.tie_embeddings:  # as a head it must not only repeat what it read
+                weight.copy_(noise / weight.shape[1] ** 0.5)
             elif "embedding" in name or "embed_tokens" in name:
                 weight.copy_(noise if weight.dim() != 4 else noise / weight[0].numel() ** 0.5)
             else:
@@ -145,8 +147,10 @@ def tiny_folder(
     config = config or tiny_config(architecture)
     model = tiny_model(config, seed)
     ours = {name: weight.detach().to(dtype) for name, weight in model.named_parameters()}
-    names = dict.fromkeys(official_name(name, config.language) for name in ours)
-    state = {name: join(name, ours, config.language).contiguous() for name in names}
+    state: dict[str, Tensor] = {}
+    for group in groups_of(ours, "official", config.language):
+        state |= group.to_stored([ours[name] for name in group.ours], config.language)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     path.mkdir(parents=True, exist_ok=True)
     write_weights(path, state, sharded)
     tokenizer = tiny_tokenizer()

@@ -220,7 +220,12 @@ class Convert:
             device=self.place.device,
         )
         origin = Origin(self.base, self.xtuner_config, self.lora_alpha, self.tower_lora_alpha)
-        result = convert(self.source, self.out, wish, origin)
+        try:
+            result = convert(self.source, self.out, wish, origin)
+        except KeyboardInterrupt:
+            if any(self.out.parent.glob(f".{self.out.name}.*.part")):
+                print("\nFinished shards are kept; the same command goes on from there.", file=sys.stderr)
+            raise
         print(f"{result.folder}: {result.about}\nproved: {result.proof}")
         return result.as_json()
 
@@ -231,12 +236,14 @@ class Verify:
     b: Annotated[Positional[str], arg(metavar="B", help="Another.")]
     proof: Literal["auto", "tensors", "logits"] = "auto"
     """tensors never runs the models, logits always does."""
+    engines: str = ""
+    """Other engines that answer from B with their own code; "transformers" can be asked."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
         from tessella.verification import verify  # torch
 
-        return verify(self.a, self.b, self.proof, self.place.device)
+        return verify(self.a, self.b, self.proof, self.place.device, self.engines)
 
 
 @dataclass(frozen=True)

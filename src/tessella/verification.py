@@ -8,20 +8,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tessella.checkpoint.engines import ask, engines_named
 from tessella.checkpoint.proof import Mode, prove
 from tessella.checkpoint.source import KINDS, open_source
 from tessella.model.device import choose_device
 
 
-def verify(a: str, b: str, mode: Mode, device: str) -> dict[str, Any]:
-    """Compare and print. Raises CheckpointError, ConfigError when one side cannot be read."""
+def verify(a: str, b: str, mode: Mode, device: str, engines: str) -> dict[str, Any]:
+    """Compare and print. engines: names of other engines that are to answer from B, comma between them.
+
+    Raises CheckpointError, ConfigError when one side cannot be read.
+    """
+    others = engines_named(engines)
     left, right = open_source(a), open_source(b)
     proofs = prove(left, right, mode=mode, device=choose_device(device))
     console = Console()
     for word, source in (("A", left), ("B", right)):
         console.print(f"{word}  {source.path}: {KINDS[source.kind]}", highlight=False, soft_wrap=True)
     show(proofs.rows(), console)
-    return {"a": str(left.path), "b": str(right.path), "differs": not proofs.holds, "proof": proofs.as_json()}
+    answers = [ask(engine, right) for engine in others]
+    for answer in answers:
+        show(answer.rows(), console)
+    differs = not proofs.holds or any(answer.version and not answer.holds for answer in answers)
+    return {
+        "a": str(left.path),
+        "b": str(right.path),
+        "differs": bool(differs),
+        "proof": proofs.as_json(),
+        "engines": [answer.as_json() for answer in answers],
+    }
 
 
 def show(rows: list[tuple[str, str, bool | None]], console: Console) -> None:

@@ -151,7 +151,7 @@ def changed_files(folder: Path) -> list[str]:
 
 
 def _foreign(path: Path) -> bool:
-    """Files that others leave behind by merely looking: they are nobody's work."""
+    """Manifests themselves, and files that others leave behind by merely looking: they are nobody's work."""
     return path.name in (MANIFEST, ".DS_Store") or "__pycache__" in path.parts
 
 
@@ -192,7 +192,7 @@ def sync(path: Path) -> None:
 
 def _write_manifest(folder: Path, known_hashes: dict[str, str]) -> None:
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not _foreign(path)):
         name = str(path.relative_to(folder))
         sync(path)
         files[name] = {"bytes": path.stat().st_size, "sha256": known_hashes.get(name) or sha256_of(path)}

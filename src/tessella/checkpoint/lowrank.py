@@ -123,11 +123,19 @@ def fused(parts: Sequence[Pair | None], counts: Sequence[int], group: Group, lan
 
 
 def split(pair: Pair, names: Sequence[str], group: Group, language: LanguageConfig) -> dict[str, Pair]:
-    """The pairs of the parts of a fused layer: one A for all, B's rows shared out."""
+    """The pairs of the parts of a fused layer: one A for all, B's rows shared out.
+
+    What a part does not use of a widened pair is left away again, and a part that is not changed at all has no pair.
+    """
     if len(names) == 1:
         return {names[0]: pair}
     parts = cut_rows(pair.b, group.rows, language, len(names), f"{group.stored[0]}.lora_B")
-    return {name: replace(pair, b=part) for name, part in zip(names, parts, strict=True)}
+    return {name: _narrowed(replace(pair, b=part)) for name, part in zip(names, parts, strict=True) if bool(part.any())}
+
+
+def _narrowed(pair: Pair) -> Pair:
+    used = pair.b.any(dim=0)
+    return pair if bool(used.all()) else replace(pair, a=pair.a[used], b=pair.b[:, used])
 
 
 def layout_of(names: Iterable[str], where: Path) -> Layout:

@@ -237,11 +237,6 @@ def split_rows(fused: Tensor, language: LanguageConfig) -> tuple[Tensor, ...]:
     return cut_rows(fused, "grouped", language)
 
 
-def join_rows(q: Tensor, k: Tensor, v: Tensor, language: LanguageConfig) -> Tensor:
-    """q, k, v -> wqkv of InternLM2."""
-    return fuse_rows((q, k, v), "grouped", language)
-
-
 def stored_shapes(group: Group, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors of a file must have, from our parameters' shapes."""
     parts = [shapes[name] for name in group.ours]
@@ -250,19 +245,3 @@ def stored_shapes(group: Group, shapes: Mapping[str, tuple[int, ...]], language:
     total, rest = sum(part[0] for part in parts), parts[0][1:]
     counts = (total,) if len(group.stored) == 1 else row_counts(total, group.rows, language, len(group.stored), group.ours[0])
     return {name: (count, *rest) for name, count in zip(group.stored, counts, strict=True)}
-
-
-def split(official: str, tensor: Tensor, language: LanguageConfig) -> dict[str, Tensor]:
-    """One tensor of an official file -> our parameters."""
-    return group_of_stored(official, "official", language).to_ours([tensor], language)
-
-
-def join(official: str, ours: Mapping[str, Tensor], language: LanguageConfig) -> Tensor:
-    """Our parameters -> one tensor of an official file; ours is looked up by our names."""
-    group = group_of_stored(official, "official", language)
-    return group.to_stored([ours[name] for name in group.ours], language)[official]
-
-
-def official_shape(official: str, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> tuple[int, ...]:
-    """The shape that a tensor of an official file must have, from our parameters' shapes."""
-    return stored_shapes(group_of_stored(official, "official", language), shapes, language)[official]

@@ -200,7 +200,7 @@ def check_weights(
     if any(".lora_" in name or ".base_layer." in name for name in unknown):
         raise CheckpointError(
             f"the weights hold an unmerged LoRA ({some([n for n in unknown if 'lora_' in n], 2)}); "
-            "merge it with the tool that wrote it, or give its base and its adapter"
+            "tessella convert FOLDER OUT merges it"
         )
     missing = [name for name in wanted if name not in files]
     if missing or unknown:

@@ -53,6 +53,7 @@ def native_tokenizer_files(folder: Path) -> dict[str, str]:
     bos = None if source.bos_id is None else source.name_of(source.bos_id)
     raw["post_processor"] = None if bos is None else _begin_with(bos, source.id_of(bos))
     raw |= {"truncation": None, "padding": None}
+    _rename_pieces(raw)
     _check_same_ids(raw, source, folder)
     kept = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": SLOT, "video_token": VIDEO}
@@ -81,10 +82,14 @@ def sentencepiece_json(path: Path) -> dict[str, Any]:
     """A SentencePiece model of the BPE kind -> what a tokenizer.json would hold. Raises CheckpointError for other kinds.
 
     Its merges are not stored, but follow from the pieces: two pieces that make a third are merged, the likelier third first.
+    Pieces that no merge makes (InternLM2's [UNUSED_TOKEN_3], which SentencePiece takes whole) are no longer made from text.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    names = [str(model.id_to_piece(i)) for i in range(model.vocab_size())]
-    plain = [i for i in range(len(names)) if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i))]
+    # A piece marked as unused is never made from text (InternLM2's is NUL): renamed, it is not made in a tokenizer.json either.
+    names = [f"<unused_{i}>" if model.is_unused(i) else str(model.id_to_piece(i)) for i in range(model.vocab_size())]
+    plain = [
+        i for i in range(len(names)) if not (model.is_byte(i) or model.is_control(i) or model.is_unknown(i) or model.is_unused(i))
+    ]
     scores = {names[i]: float(model.get_score(i)) for i in plain}
     if any(score != round(score) for score in scores.values()):
         raise CheckpointError(f"{path} is not of the BPE kind, and the native layout is written for that kind alone")
@@ -135,17 +140,18 @@ def _begin_with(bos: str, bos_id: int) -> dict[str, Any]:
     }
 
 
-def _check_same_ids(raw: dict[str, Any], source: Tokenizer, folder: Path) -> None:
-    """An added token may stand in the vocabulary under another name, as InternLM2's <|im_end|>: it is renamed there first.
-
-    Raises CheckpointError when a token or a text has other ids than in the folder.
-    """
+def _rename_pieces(raw: dict[str, Any]) -> None:
+    """Give added tokens their own name in the vocabulary; InternLM2's <|im_end|> stands there as [UNUSED_TOKEN_145]."""
     vocabulary = raw["model"]["vocab"]
     pieces = {token_id: piece for piece, token_id in vocabulary.items()}
     for row in raw["added_tokens"]:
         if pieces.get(row["id"], row["content"]) != row["content"]:
             del vocabulary[pieces[row["id"]]]
             vocabulary[row["content"]] = row["id"]
+
+
+def _check_same_ids(raw: dict[str, Any], source: Tokenizer, folder: Path) -> None:
+    """Raises CheckpointError when a token or a text has other ids than in the folder."""
     written = tokenizers.Tokenizer.from_str(json.dumps(raw))
     for row in raw["added_tokens"]:
         found = written.token_to_id(row["content"])
