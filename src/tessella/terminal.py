@@ -6,7 +6,8 @@ In: a loaded model, questions and pictures.  Out: answers, streamed as they are 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,7 +53,7 @@ class Talk:
     pictures: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
-    def ask(self, text: str, pictures: list[Path]) -> Iterator[str]:
+    def ask(self, text: str, pictures: list[Path]) -> Generator[str, None, None]:
         """Ask with new pictures; yields the answer in pieces.
 
         Raises ContextError, ImageError or PromptError, and changes nothing then.
@@ -128,20 +129,27 @@ def converse(talk: Talk, waiting: list[Path], out: TextIO) -> None:
             continue
         if line == "/exit":
             return
-        if line.startswith("/"):
-            _obey(line, talk, waiting, out)
-        elif line:
-            _answer(talk, line, waiting, out)
+        try:
+            if line.startswith("/"):
+                _obey(line, talk, waiting, out)
+            elif line:
+                _answer(talk, line, waiting, out)
+        except KeyboardInterrupt:  # a large picture takes seconds to open
+            print(" (stopped)", file=out)
 
 
 def _answer(talk: Talk, line: str, waiting: list[Path], out: TextIO) -> None:
-    """Stream one answer; pictures stop waiting once they were shown."""
+    """Stream one answer. Pictures stop waiting once the conversation holds them: not when it was stopped before its first word."""
+    shown = len(talk.pictures) + len(waiting)
     try:
-        for piece in talk.ask(line, waiting):
-            print(piece, end="", flush=True, file=out)
+        with closing(talk.ask(line, waiting)) as answer:  # closed here, so that the turn is recorded before we look at it
+            for piece in answer:
+                print(piece, end="", flush=True, file=out)
         print(file=out)
     except KeyboardInterrupt:
         print(" (stopped)", file=out)
+        if len(talk.pictures) < shown:
+            return
     except ContextError as error:
         print(f"{error}\nor start afresh with /clear", file=out)
         return
@@ -195,10 +203,13 @@ def _show(talk: Talk, path: Path, out: TextIO) -> bool:
 
 
 def save(talk: Talk, path: Path) -> None:
-    """Append the conversation to path as one JSON line. Raises DataError when there is nothing to save or no such folder."""
+    """Append the conversation to path as one JSON line. Raises DataError when there is nothing to save or path takes none."""
     if not talk.messages:
         raise DataError("nothing was said yet, so there is nothing to save; ask something first")
     if not path.parent.is_dir():
         raise DataError(f"{path.parent} is not a folder; make it, or save somewhere else")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(talk.as_row(), ensure_ascii=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(talk.as_row(), ensure_ascii=False) + "\n")
+    except OSError as error:  # a folder, no permission, a full disk: the conversation must outlive it
+        raise DataError(f"{path} cannot be written ({error.strerror}); save somewhere else") from error
