@@ -1,7 +1,6 @@
 """The command line: quick help without torch, one clear message for every mistake, results as JSON."""
 
 import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -163,13 +162,3 @@ def test_our_own_mistakes_are_not_hidden(
 ) -> None:
     with pytest.raises(type(error)):
         fail_with(error, monkeypatch, capsys)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    cli.write_json(path, {"answer": "麻婆豆腐"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
-    with pytest.raises(TypeError):
-        cli.write_json(path, {"answer": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
-    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

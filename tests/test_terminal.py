@@ -118,7 +118,9 @@ def test_what_was_saved_can_be_taught(loaded: Loaded, picture: Path, tmp_path: P
     assert samples[0].pictures[0].source == picture.resolve()
 
 
-@pytest.mark.parametrize("line", ["/save .", "/image", "/image nowhere.png", "/save", "/save no/such/folder/x.jsonl", "/dance", "/"])
+@pytest.mark.parametrize(
+    "line", ["/save .", "/image", "/image nowhere.png", "/save", "/save no/such/folder/x.jsonl", "/dance", "/"]
+)
 def test_a_wrong_command_is_told_and_the_talk_goes_on(line: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = talk_with(loaded)
     shown = say(talk, ["first", line, "second", "^C", "third"], monkeypatch)

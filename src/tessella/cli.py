@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from tessella.errors import ConfigError, TessellaError
+from tessella.files import write_whole
 from tessella.foods import STYLES
 from tessella.mistakes import MENDABLE, OUT_OF_MEMORY, is_out_of_memory, tell
 from tessella.train.recipe import Recipe, load_recipe
@@ -348,7 +349,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--json {path}: {path.parent} is no folder; make it first")  # now, not after an hour's work
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}
         if path is not None:
-            write_json(path.expanduser(), result)
+            write_whole(path.expanduser(), json.dumps(result, ensure_ascii=False, indent=2) + "\n")
         return 130 if result.get("stopped_by") == "interrupted" else 0  # finetune saves on Ctrl-C and ends in good order
     except TessellaError as error:
         return tell(str(error))
@@ -368,14 +369,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return tell(f"{OUT_OF_MEMORY}\n({str(error).splitlines()[0]})")
-
-
-def write_json(path: Path, result: Result) -> None:
-    """Write aside, then rename, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.part")
-    text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"  # before the file is opened: a mistake here leaves none
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 if __name__ == "__main__":

@@ -43,3 +43,7 @@ class MemoryError_(TessellaError):
 
 class DownloadError(TessellaError):
     """A part of the built-in model could not be fetched, or came with the wrong hash."""
+
+
+class WriteError(TessellaError):
+    """A file that cannot be written: no such place, no permission, no room on the disk."""

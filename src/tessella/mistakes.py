@@ -20,6 +20,10 @@ MENDABLE = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "it is a folder; give a file",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write somewhere else",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ELOOP: "the links lead in a circle; check the path",
 }
 
 

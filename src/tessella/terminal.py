@@ -139,7 +139,7 @@ def converse(talk: Talk, waiting: list[Path], out: TextIO) -> None:
 
 
 def _answer(talk: Talk, line: str, waiting: list[Path], out: TextIO) -> None:
-    """Stream one answer. Pictures stop waiting once the conversation holds them: not when it was stopped before its first word."""
+    """Stream one answer. Pictures stop waiting once the conversation holds them: not when stopped before the first word."""
     shown = len(talk.pictures) + len(waiting)
     try:
         with closing(talk.ask(line, waiting)) as answer:  # closed here, so that the turn is recorded before we look at it
