@@ -25,8 +25,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     taught = ["--model", str(model), "--data", str(home / "photos"), "--output", str(home / "run"), "--held-out", "0.2"]
     speed = ["--epochs", "2", "--samples-per-step", "4", "--no-tensorboard", "--device", "cpu", "--lora-dropout", "0"]
     assert cli.main(["finetune", *taught, *speed, "--json", str(home / "finetune.json")]) == 0
-    adapter = json.loads((home / "finetune.json").read_text(encoding="utf-8"))["adapter"]
-    assert cli.main(["convert", adapter, str(home / "mine"), "--to", "official", "--json", str(home / "convert.json")]) == 0
+    assert cli.main(["convert", str(home / "run"), str(home / "mine"), "--to", "official", "--json", str(home / "convert.json")]) == 0
     return home
 
 
@@ -54,10 +53,10 @@ def test_exactly_what_the_run_held_out_is_scored(story: Path, capsys: pytest.Cap
 def test_an_adapter_is_talked_to_as_the_model_that_it_makes(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads((story / "finetune.json").read_text(encoding="utf-8"))
     answers = []
-    for model in (result["adapter"], str(story / "mine")):
+    for model in (result["adapter"], str(story / "run"), str(story / "mine")):
         assert cli.main(["chat", model, "what is it?", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]) == 0
         answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] != "\n"
+    assert answers[0] == answers[1] == answers[2] != "\n"
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(None, 10), (0.2, 2), (4, 4)])

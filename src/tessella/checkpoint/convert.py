@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessella.checkpoint.adapters import Adapter, attach, fit, read_adapter
+from tessella.checkpoint.adapters import Adapter, attach, fit, learned_in, read_adapter
 from tessella.checkpoint.folder import check_place
 from tessella.checkpoint.read import find_model, load_model
 from tessella.checkpoint.verify import LIMITS, Proof, compare, logits_on, probes
@@ -71,7 +71,7 @@ def convert_adapter(
     Raises CheckpointError, ConfigError; out is then as it was before.
     """
     start = time.perf_counter()
-    adapter, out, where = Path(adapter).expanduser(), Path(out).expanduser(), choose_device(device)
+    adapter, out, where = learned_in(Path(adapter).expanduser()), Path(out).expanduser(), choose_device(device)
     if dtype != "base" and dtype not in DTYPES:
         raise ConfigError(f'dtype "{dtype}" is not known; say base, {", ".join(DTYPES)}')
     check_place(out, num_bytes=0, force=force)

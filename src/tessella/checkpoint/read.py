@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import fit, is_adapter, merge_adapter, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import fit, is_adapter, learned_in, merge_adapter, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.names import EMBEDDING, HEAD, is_computed, official_name, official_shape, split
@@ -67,13 +67,13 @@ def load(
 
 
 def find_model(name_or_folder: str | Path, adapter: Path | None = None) -> tuple[Path, Path | None]:
-    """What a person typed -> (model folder, adapter folder or None). An adapter folder names its own base.
+    """What a person typed -> (model folder, adapter folder or None). An adapter names its own base; a run, its result.
 
     Raises CheckpointError when it is no folder and not on this disk.
     """
     if str(name_or_folder) == NANO:
         return nano_folder(), adapter
-    folder = Path(name_or_folder).expanduser()
+    folder = learned_in(Path(name_or_folder).expanduser())
     if not folder.is_dir():
         return _hub_snapshot(str(name_or_folder)), adapter
     if not is_adapter(folder):

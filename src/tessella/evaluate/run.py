@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tessella.checkpoint.adapters import learned_in
 from tessella.checkpoint.read import Loaded, load
 from tessella.errors import ConfigError, ContextError, DataError, ImageError, MemoryError_, PromptError
 from tessella.evaluate.answers import Answer, AnswerFile, fingerprint
@@ -237,7 +238,7 @@ def _answer(key: str, built: ModelInput | str, texts: dict[str, str]) -> Answer:
 
 def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: Settings) -> AnswerFile:
     """Where this model's answers to this task are kept; the header pins all that an answer depends on."""
-    given = Path(name)
+    given = learned_in(Path(name).expanduser())
     weights = fingerprint(loaded.folder) + (fingerprint(given) if given.is_dir() else "")
     header = {
         "model": str(given.resolve()) if given.is_dir() else name,
@@ -251,7 +252,7 @@ def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: 
     }
     # The hash keeps runs of like names apart, and a changed model, question or setting gets a file of its own.
     unique = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:10]
-    return AnswerFile(folder / "answers" / f"{_plain(given.name)}-{_plain(task.name)}-{unique}.jsonl", header)
+    return AnswerFile(folder / "answers" / f"{_plain(Path(name).name)}-{_plain(task.name)}-{unique}.jsonl", header)
 
 
 def _plain(name: str) -> str:
