@@ -27,6 +27,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def check_place(flag: str, path: Path) -> None:
+    """Raises WriteError when the path behind a flag can take no file."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise WriteError(f"{flag} {path}: {path.parent} is no folder; make it first")
+    if path.is_dir():
+        raise WriteError(f"{flag} {path} is a folder; name a file in it, such as {path / 'result.json'}")
+    if not os.access(folder, os.W_OK):
+        raise WriteError(f"{flag} {path}: {path.parent} does not let us write into it; name another place")
+
+
 def cannot_write(path: Path, error: OSError) -> WriteError:
     """The error that says which file, why, and what can be done: a full disk's own error names no file."""
     return WriteError(f"{path} cannot be written ({error.strerror}); make room or check permissions, or give another path")

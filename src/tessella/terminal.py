@@ -189,7 +189,8 @@ def _obey(line: str, talk: Talk, waiting: list[Path], out: TextIO) -> None:
 def _show(talk: Talk, path: Path, out: TextIO) -> bool:
     """Open a picture now, so that a mistake is told now; says what the model will see of it."""
     try:
-        tiles = cut_tiles(open_image(path), talk.loaded.inputs.rule())
+        inputs = talk.loaded.inputs
+        tiles = cut_tiles(open_image(path, limit_megapixels=inputs.limit_megapixels), inputs.rule())
     except TessellaError as error:
         print(error, file=out)
         return False

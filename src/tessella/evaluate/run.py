@@ -27,6 +27,7 @@ from tessella.evaluate.task import Item, Task
 from tessella.evaluate.tasks import TASKS
 from tessella.evaluate.tasks.general import PASSAGE
 from tessella.generate import generate_batch
+from tessella.image import LIMIT_MEGAPIXELS
 from tessella.inputs import ModelInput
 from tessella.sampling import GREEDY, SamplingParams
 
@@ -40,6 +41,7 @@ class Settings:
     max_tiles: int | None = None
     system: str | None = None
     batch_items: int = 16  # items that run together, at least 1; halved by itself when memory runs out
+    limit_megapixels: float = LIMIT_MEGAPIXELS  # of a picture
 
     def __post_init__(self) -> None:
         if self.batch_items < 1:
@@ -149,6 +151,7 @@ def evaluate_one(
 ) -> Row:
     """One model: load, ask, judge, free."""
     loaded = load(name, device=settings.device, dtype=settings.dtype, max_tiles=settings.max_tiles, system=settings.system)
+    loaded.inputs.limit_megapixels = settings.limit_megapixels
     begun = time.monotonic()
     file = _answer_file(name, loaded, task, folder, settings)
     taken_over = sum(file.has(item.key) for item in task.items)
