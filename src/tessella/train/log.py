@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tessella.chat import IMAGE_MARK
 from tessella.errors import TrainingError
 from tessella.files import cannot_write, write_whole
 
@@ -59,7 +60,7 @@ class Log:
         if tensorboard:
             self.scalars = open_tensorboard(output / TENSORBOARD, first_step)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
         live = self.console.is_terminal
         self.bar = Progress(*columns, *times, console=self.console, disable=not live, transient=False)
         self.task = self.bar.add_task("teaching", total=total_steps, completed=first_step, told="")
@@ -102,7 +103,8 @@ class Log:
         """answers: rows of question, expected, answer."""
         self._write("answers", step, {"answers": answers})
         for row in answers:
-            self.say(f"  {row['question']!r} -> {row['answer']!r} (expected {row['expected']!r})")
+            question = row["question"].replace(IMAGE_MARK, "").strip()
+            self.say(f"  {question!r} -> {row['answer']!r} (expected {row['expected']!r})")
 
     def note(self, step: int, text: str, kind: str = "note", **values: Any) -> None:
         """Something to be told in words."""
