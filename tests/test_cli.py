@@ -176,6 +176,8 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (KeyboardInterrupt(), 130, "Stopped"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--tokens-per-pass"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "--max-tiles"),
+        (RuntimeError("unable to mmap 314 bytes from file </x>: Cannot allocate memory (12)"), 2, "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "--max-tiles"),
         (MemoryError(), 2, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "out/model.safetensors"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permissions"),
