@@ -1,4 +1,4 @@
-"""What every test gets: two torch threads, a fixed seed, no deadline for property tests, and no gpu tests where there is no CUDA device."""
+"""What every test gets: two torch threads, a fixed seed, property tests without a deadline, and no gpu tests without CUDA."""
 
 import pytest
 import torch

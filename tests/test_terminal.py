@@ -191,6 +191,15 @@ def test_a_picture_is_shown_once_when_its_answer_was_stopped_on_the_screen(
     assert waiting == [] and len(talk.pictures) == 1 and talk.turns[0].ended == "interrupted"
 
 
+def test_an_answer_cannot_steer_the_terminal_and_a_pipe_gets_it_as_it_is(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    escape = loaded.tokenizer.encode("\x1b[2J 好\n")
+    monkeypatch.setattr(terminal, "generate", lambda *arguments: iter(escape))
+    assert "\ufffd[2J 好\n" in say(talk_with(loaded), ["hello"], monkeypatch)
+    pipe = io.StringIO()
+    answer_once(talk_with(loaded), "hello", [], pipe)
+    assert pipe.getvalue() == "\x1b[2J 好\n\n"
+
+
 def test_ctrl_c_while_a_picture_opens_keeps_the_conversation(
     loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -324,6 +324,8 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "inspect": (Inspect, INSPECT),
 }
 
+FORM = (tyro.conf.DisallowNone,)  # leaving a flag out is how one says None
+
 
 def words_of_chat(model: str | None, prompt: str | None) -> tuple[str, str | None]:
     """One word alone is a MODEL when it looks like one (tessella-nano, a folder, a path, owner/name), else the PROMPT."""
@@ -359,13 +361,15 @@ def parse(words: Sequence[str]) -> Command:
     if kind is Finetune:
         recipe = recipe_among(words[1:])
         default = Finetune(recipe=load_recipe(recipe))
-        finetune = tyro.cli(Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default)
+        finetune = tyro.cli(
+            Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default, config=FORM
+        )
         if finetune.recipe_file is not None and finetune.recipe_file != recipe:
             raise ConfigError(f"{finetune.recipe_file} is no recipe: a recipe is a .toml file; data goes behind --data")
         if finetune.recipe_file is None and recipe in finetune.recipe.data:
             raise ConfigError(f"{recipe} was read as data; the recipe goes first: tessella finetune {recipe} --data …")
         return finetune
-    command: Command = tyro.cli(kind, prog=f"tessella {name}", description=about, args=list(words[1:]))
+    command: Command = tyro.cli(kind, prog=f"tessella {name}", description=about, args=list(words[1:]), config=FORM)
     return command
 
 

@@ -131,7 +131,7 @@ def score(
 ) -> dict[str, Any]:
     """Ask every model every task and show the table; gives what --json writes."""
     if not models:
-        raise DataError("there is no model to score; give one MODEL or more")
+        raise DataError("there is no model to score; give one MODEL or more, before --data: what stands behind it is data")
     tasks, console, origin = questions.tasks(), Console(), provenance()
     results = []
     for number, task in enumerate(tasks):

@@ -4,6 +4,7 @@ In: a loaded model, questions and pictures.  Out: answers, streamed as they are 
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Generator
@@ -27,6 +28,8 @@ HELP = """\
 /save FILE    add the conversation to FILE, one JSON line that `tessella finetune --data FILE` reads
 /help         this list
 /exit         leave; so does Ctrl-D.  Ctrl-C stops an answer, not the program"""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 @dataclass
@@ -105,10 +108,15 @@ class Talk:
 
 
 def answer_once(talk: Talk, prompt: str, pictures: list[Path], out: TextIO) -> None:
-    """Print the answer alone, as it is made, and a newline."""
+    """Print the answer alone, as it is made, and a newline; a pipe gets it as it is."""
     for piece in talk.ask(prompt, pictures):
-        print(piece, end="", flush=True, file=out)
+        print(harmless(piece) if out.isatty() else piece, end="", flush=True, file=out)
     print(file=out)
+
+
+def harmless(text: str) -> str:
+    """Control characters become the replacement sign: a model (or what a picture made it say) must not steer the terminal."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def converse(talk: Talk, waiting: list[Path], out: TextIO) -> None:
@@ -144,7 +152,7 @@ def _answer(talk: Talk, line: str, waiting: list[Path], out: TextIO) -> None:
     try:
         with closing(talk.ask(line, waiting)) as answer:  # closed here, so that the turn is recorded before we look at it
             for piece in answer:
-                print(piece, end="", flush=True, file=out)
+                print(harmless(piece), end="", flush=True, file=out)
         print(file=out)
     except KeyboardInterrupt:
         print(" (stopped)", file=out)
