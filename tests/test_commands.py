@@ -48,7 +48,11 @@ def test_exactly_what_the_run_held_out_is_scored(story: Path, capsys: pytest.Cap
     out = ["--output", str(story / "scores"), "--html", str(story / "report.html"), "--json", str(story / "scores.json")]
     assert cli.main([*words, *out, "--device", "cpu"]) == 0
     result = json.loads((story / "scores.json").read_text(encoding="utf-8"))
-    assert result["items"] == 2 and [row["model"] for row in result["rows"]] == [str(story / "base"), str(story / "mine")]
+    assert (
+        result["task"] == "run"
+        and result["items"] == 2
+        and [row["model"] for row in result["rows"]] == [str(story / "base"), str(story / "mine")]
+    )
     assert "95 % interval" in capsys.readouterr().out
     assert "data:image" in (story / "report.html").read_text(encoding="utf-8")
 

@@ -45,7 +45,8 @@ class Questions:
             return [self._task(path.stem, self._items(path)) for path in skill_files(self.data)]
         if self.recipe is not None:
             held_out = read_recipe_data(load_recipe(self.recipe)).held_out
-            return [self._task(self.recipe.stem, items_from(held_out))]
+            run = self.recipe.resolve().parent.name  # finetune calls each one recipe.toml
+            return [self._task(run if self.recipe.stem == "recipe" else self.recipe.stem, items_from(held_out))]
         if not self.data:
             raise DataError("there are no questions; give --data PATH (or --recipe FILE, to score what a run held out)")
         items = tuple(item for path in self.data for item in self._items(path))
