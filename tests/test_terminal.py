@@ -203,7 +203,7 @@ def test_an_answer_cannot_steer_the_terminal_and_a_pipe_gets_it_as_it_is(loaded:
 def test_ctrl_c_while_a_picture_opens_keeps_the_conversation(
     loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     talk = talk_with(loaded)
