@@ -1,7 +1,12 @@
-"""What every test gets: two torch threads, a fixed seed, no model hub, and no gpu tests where there is no CUDA device."""
+"""What every test gets: two torch threads, a fixed seed, property tests without a deadline, no model hub, no gpu tests without CUDA."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no fault of the code: no test fails for its time. What CI's own profile says (no chance) stays.
+settings.register_profile("tessella", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tessella")
 
 
 def pytest_configure(config: pytest.Config) -> None:

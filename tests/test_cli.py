@@ -1,7 +1,7 @@
 """The command line: quick help without torch, one clear message for every mistake, results as JSON."""
 
 import errno
-import json
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 
 from tessella import cli
 from tessella.errors import DataError
+from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.recipe import Recipe
 
 COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "inspect")
@@ -118,6 +119,13 @@ def test_teaching_without_the_train_extra_tells_how_to_get_it() -> None:
         (["convert", "./nowhere", "./out"], "nowhere"),
         (["evaluate", "./nowhere"], "--data"),
         (["chat", "--json", "no/such/folder/x.json", "hello"], "no/such/folder"),
+        (["chat", "--json", ".", "hello"], "is a folder"),
+        (["chat", "pyproject.toml"], "--image pyproject.toml"),
+        (["chat", "./pyproject.toml", "hello"], "--image ./pyproject.toml"),
+        (["finetune", "photos/"], "photos is no recipe"),
+        (["finetune", "--data", "a.jsonl", "pyproject.toml"], "unknown key"),
+        (["evaluate", "./nowhere", "--recipe", "r.toml", "--data", "a.jsonl", "--seed", "1"], "leave --data and --seed out"),
+        (["evaluate", "./nowhere", "--data", "a.jsonl", "--limit", "-1"], "limit is -1"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +140,30 @@ def test_unknown_words_end_with_2_and_a_hint(words: str) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
     assert "--help" in done.stderr + done.stdout
+
+
+def test_a_recipe_that_was_read_as_data_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("epochs = 2\n", encoding="utf-8")
+    assert cli.main(["finetune", "--data", "a.jsonl", str(recipe)]) == 2
+    assert "the recipe goes first" in capsys.readouterr().err
+
+
+def test_the_limit_of_megapixels_is_one_number() -> None:
+    assert cli.Chat().limit_megapixels == cli.Inspect().limit_megapixels == Recipe().limit_megapixels == LIMIT_MEGAPIXELS
+    assert cli.Evaluate(()).limit_megapixels == LIMIT_MEGAPIXELS
+
+
+def test_a_terminal_without_chinese_loses_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: cli.Chat) -> dict[str, object]:
+        print("麻婆豆腐, please")
+        return {}
+
+    screen = io.BytesIO()
+    monkeypatch.setattr(cli.Chat, "run", run)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
+    assert cli.main(["chat", "hello"]) == 0
+    assert screen.getvalue() == b"????, please\n"
 
 
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -151,6 +183,8 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (KeyboardInterrupt(), 130, "Stopped"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--tokens-per-pass"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "--max-tiles"),
+        (RuntimeError("unable to mmap 314 bytes from file </x>: Cannot allocate memory (12)"), 2, "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "--max-tiles"),
         (MemoryError(), 2, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"), 2, "out/model.safetensors"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "permissions"),
@@ -170,13 +204,3 @@ def test_our_own_mistakes_are_not_hidden(
 ) -> None:
     with pytest.raises(type(error)):
         fail_with(error, monkeypatch, capsys)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    cli.write_json(path, {"answer": "麻婆豆腐"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
-    with pytest.raises(TypeError):
-        cli.write_json(path, {"answer": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"answer": "麻婆豆腐"}
-    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

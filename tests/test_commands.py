@@ -26,8 +26,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     taught = ["--model", str(model), "--data", str(home / "photos"), "--output", str(home / "run"), "--held-out", "0.2"]
     speed = ["--epochs", "2", "--samples-per-step", "4", "--no-tensorboard", "--device", "cpu", "--lora-dropout", "0"]
     assert cli.main(["finetune", *taught, *speed, "--json", str(home / "finetune.json")]) == 0
-    adapter = json.loads((home / "finetune.json").read_text(encoding="utf-8"))["adapter"]
-    assert cli.main(["convert", adapter, str(home / "mine"), "--to", "official", "--json", str(home / "convert.json")]) == 0
+    assert (
+        cli.main(["convert", str(home / "run"), str(home / "mine"), "--to", "official", "--json", str(home / "convert.json")])
+        == 0
+    )
     return home
 
 
@@ -47,7 +49,11 @@ def test_exactly_what_the_run_held_out_is_scored(story: Path, capsys: pytest.Cap
     out = ["--output", str(story / "scores"), "--html", str(story / "report.html"), "--json", str(story / "scores.json")]
     assert cli.main([*words, *out, "--device", "cpu"]) == 0
     result = json.loads((story / "scores.json").read_text(encoding="utf-8"))
-    assert result["items"] == 2 and [row["model"] for row in result["rows"]] == [str(story / "base"), str(story / "mine")]
+    assert (
+        result["task"] == "run"
+        and result["items"] == 2
+        and [row["model"] for row in result["rows"]] == [str(story / "base"), str(story / "mine")]
+    )
     assert "95 % interval" in capsys.readouterr().out
     assert "data:image" in (story / "report.html").read_text(encoding="utf-8")
 
@@ -55,16 +61,41 @@ def test_exactly_what_the_run_held_out_is_scored(story: Path, capsys: pytest.Cap
 def test_an_adapter_is_talked_to_as_the_model_that_it_makes(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads((story / "finetune.json").read_text(encoding="utf-8"))
     answers = []
-    for model in (result["adapter"], str(story / "mine")):
+    for model in (result["adapter"], str(story / "run"), str(story / "mine")):
         assert cli.main(["chat", model, "what is it?", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]) == 0
         answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1] != "\n"
+    assert answers[0] == answers[1] == answers[2] != "\n"
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(None, 10), (0.2, 2), (4, 4)])
 def test_a_dataset_is_scored_whole_or_in_its_held_out_part(held_out: float | None, expected: int, story: Path) -> None:
     (task,) = Questions(data=(story / "photos",), held_out=held_out).tasks()
     assert len(task.items) == expected
+
+
+def test_samples_that_cannot_be_asked_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"conversations": [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "red"}]}
+    path = tmp_path / "said.jsonl"
+    path.write_text(30 * (json.dumps(good) + "\n") + '{"image": oops\n', encoding="utf-8")
+    (task,) = Questions(data=(path,)).tasks()
+    assert len(task.items) == 30
+    assert "said.jsonl:31: line 31, column 11" in capsys.readouterr().err
+
+
+def test_choices_may_be_shown_to_be_scored_by_letter(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (60, 60), "red").save(tmp_path / "pictures" / "1.jpg")
+    options = ["川菜", "东北菜", "粤菜", "鲁菜"]
+    row = {
+        "question": "哪个地区的？",
+        "choices": options,
+        "answer": "1",
+        "food_meta": {"food_name": "锅包肉", "food_file": "1.jpg"},
+    }
+    (tmp_path / "sivqa.json").write_text(json.dumps([row]), encoding="utf-8")
+    asked = Questions(data=(tmp_path / "sivqa.json",), image_root=tmp_path / "pictures", choices="shown", metric="choice")
+    (task,) = asked.tasks()
+    assert task.items[0].answers == ("B",) and "B. 东北菜" in task.items[0].question
 
 
 def test_questions_are_told_from_conversations(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tessella.chat import Message
-from tessella.errors import DataError
+from tessella.errors import DataError, WriteError
 from tessella.evaluate.curve import loss_curve, read_losses
 from tessella.evaluate.metrics import mcnemar
 from tessella.evaluate.provenance import Provenance, provenance
@@ -187,7 +187,7 @@ def test_every_key_of_the_json_is_documented(task, rows):
 
 def test_a_report_that_cannot_be_written_says_so_and_leaves_the_old_one(task, rows, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         write_html(tmp_path / "file" / "report.html", rows, task)
     write_html(tmp_path / "report.html", rows, task, origin=ORIGIN)
     assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.html"]

@@ -357,6 +357,7 @@ def test_sources_that_cannot_be_had_are_refused_by_name(tmp_path):
         ("x" * 5000, "5,000 characters"),
         ("a\0b", "cannot be opened"),
         ("https://example.org/a.png", "web address"),
+        (Path("https://example.org/a.png"), "web address"),  # as a command line gives it: https:/example.org/a.png
         ("data:image/png;base64,@@@", "broken base64"),
         ("data:image/png;base64,abc", "broken base64"),
         ("data:image/png;base64", "comma"),

@@ -54,6 +54,37 @@ def test_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2 columns x 1 rows and a thumbnail" in shown and "<img>[12 slots]</img>" in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dish.png", "--output", "tiles.txt"], "ends in .png"),
+        (["dihs.png"], "dihs.png: no such file"),
+        (["rows.jsonl"], "rows.jsonl: no such file"),
+        (["photos.tar"], "photos.tar is packed; unpack it"),
+        (["dish.png", "--limit-megapixels", "0.005"], "120 x 60 px = 0.0 megapixels; at most 0.005"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_told(
+    words: list[str], told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (120, 60), "orange").save("dish.png")
+    Path("photos.tar").write_bytes(b"")
+    assert cli.main(["inspect", *words, "--model", str(folder)]) == 2
+    assert told in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dish.png", "photos.tar"]
+
+
+def test_pictures_may_lie_apart_from_their_rows(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (120, 60), "orange").save(tmp_path / "elsewhere" / "dish.png")
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "An orange."}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "dish.png", "conversations": turns}) + "\n", encoding="utf-8")
+    result = inspected([str(rows), "--image-root", str(tmp_path / "elsewhere"), "--model", str(folder)], tmp_path)
+    assert result["samples"] == 1 and result["skipped"] == 0
+
+
 def test_a_dataset(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("soup", "cake"):
         (tmp_path / "photos" / name).mkdir(parents=True)

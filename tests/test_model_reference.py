@@ -196,15 +196,21 @@ def test_cached_run_equals_uncached_run_token_by_token(architecture, name):
         ids = torch.cat((ids, torch.tensor([token])))
 
 
-@settings(max_examples=15, deadline=None)
-@given(order=st.permutations(list(PROMPTS)), together=st.integers(1, 5))
-def test_a_row_is_answered_alike_in_any_company(order, together):
+@pytest.fixture(scope="module")
+def alone():
+    """(model, params, the answer to each prompt alone): made once, for the examples below are many."""
     torch.manual_seed(2)
     ours = VisionLanguageModel(our_config("LlamaForCausalLM")).eval()
     params = SamplingParams(max_tokens=8)
-    alone = {name: list(generate(ours, PROMPTS[name], params, stop_ids=(11,))) for name in PROMPTS}
+    return ours, params, {name: list(generate(ours, PROMPTS[name], params, stop_ids=(11,))) for name in PROMPTS}
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(list(PROMPTS)), together=st.integers(1, 5))
+def test_a_row_is_answered_alike_in_any_company(alone, order, together):
+    ours, params, answers = alone
     got = generate_batch(ours, [PROMPTS[name] for name in order], params, (11,), rows_at_once=together)
-    assert got == [alone[name] for name in order]
+    assert got == [answers[name] for name in order]
 
 
 def test_a_row_beyond_phi3s_original_length_changes_no_neighbour():

@@ -118,7 +118,9 @@ def test_what_was_saved_can_be_taught(loaded: Loaded, picture: Path, tmp_path: P
     assert samples[0].pictures[0].source == picture.resolve()
 
 
-@pytest.mark.parametrize("line", ["/image", "/image nowhere.png", "/save", "/save no/such/folder/x.jsonl", "/dance", "/"])
+@pytest.mark.parametrize(
+    "line", ["/save .", "/image", "/image nowhere.png", "/save", "/save no/such/folder/x.jsonl", "/dance", "/"]
+)
 def test_a_wrong_command_is_told_and_the_talk_goes_on(line: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = talk_with(loaded)
     shown = say(talk, ["first", line, "second", "^C", "third"], monkeypatch)
@@ -163,6 +165,51 @@ def test_an_answer_stopped_before_it_began_leaves_no_turn_behind(loaded: Loaded,
     assert talk.messages == []
     say(talk, ["hello again"], monkeypatch)
     assert len(talk.messages) == 2
+
+
+def test_a_picture_waits_when_its_answer_was_stopped_before_the_first_word(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = talk_with(loaded)
+    waiting = [picture]
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "generate", stopped_after(0))
+        say(talk, ["what is it?"], patch, waiting)
+    say(talk, ["what is it?"], monkeypatch, waiting)
+    assert [turn.pictures for turn in talk.turns] == [[str(picture)]] * 2 and len(talk.pictures) == 1
+
+
+def test_a_picture_is_shown_once_when_its_answer_was_stopped_on_the_screen(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def flush(self) -> None:  # only the pieces of an answer are flushed
+            raise KeyboardInterrupt
+
+    talk, waiting = talk_with(loaded), [picture]
+    terminal._answer(talk, "what is it?", waiting, Screen())
+    assert waiting == [] and len(talk.pictures) == 1 and talk.turns[0].ended == "interrupted"
+
+
+def test_an_answer_cannot_steer_the_terminal_and_a_pipe_gets_it_as_it_is(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    escape = loaded.tokenizer.encode("\x1b[2J 好\n")
+    monkeypatch.setattr(terminal, "generate", lambda *arguments: iter(escape))
+    assert "\ufffd[2J 好\n" in say(talk_with(loaded), ["hello"], monkeypatch)
+    pipe = io.StringIO()
+    answer_once(talk_with(loaded), "hello", [], pipe)
+    assert pipe.getvalue() == "\x1b[2J 好\n\n"
+
+
+def test_ctrl_c_while_a_picture_opens_keeps_the_conversation(
+    loaded: Loaded, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    talk = talk_with(loaded)
+    monkeypatch.setattr(terminal, "open_image", interrupted)
+    assert "(stopped)" in say(talk, ["hello", f"/image {picture}", "go on"], monkeypatch)
+    assert len(talk.turns) == 2
 
 
 def test_too_long_a_conversation_is_told_with_a_way_out(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

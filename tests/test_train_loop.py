@@ -19,7 +19,7 @@ from tessella.checkpoint import folder as folders
 from tessella.checkpoint.read import load
 from tessella.errors import ConfigError, DataError, MemoryError_, TrainingError
 from tessella.inputs import Picture
-from tessella.train import loop
+from tessella.train import loop, state
 from tessella.train.batch import Pack
 from tessella.train.dataset import Sample
 from tessella.train.log import Event
@@ -177,6 +177,15 @@ def test_a_broken_newest_checkpoint_is_told_and_the_one_before_is_used(folder: P
     assert any("resumed from" in text and "step-000004" in text for text in told)
     straight = train(replace(recipe, output=tmp_path / "b"), samples=colour_samples())
     assert all(torch.equal(learned(rest)[name], value) for name, value in learned(straight).items())
+
+
+def test_a_broken_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    progress = state.Progress(3, 6, {}, "", 1.0)
+    for value in (0.0, 1.0):
+        saved = state.save(tmp_path, progress, {"w": torch.full((4,), value)}, keep=2)
+        found, told = state.newest(tmp_path)
+        assert found is not None and not told and torch.equal(found.tensors["w"], torch.full((4,), value))
+        (saved / state.TENSORS).unlink()
 
 
 def test_only_the_newest_checkpoints_are_kept(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ in which `tessella --help` must answer. The Recipe is plain data and is imported
 """
 
 import difflib
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from tessella.checkpoint.published import PUBLISHED
 from tessella.errors import ConfigError, TessellaError
+from tessella.files import check_place, write_whole
 from tessella.foods import STYLES
 from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, is_out_of_memory, tell
 from tessella.train.recipe import Recipe, load_recipe
@@ -146,6 +148,8 @@ class Chat:
     """Most tiles a picture is cut into, 1 to 40; default: what the model says."""
     seed: int | None = None
     """The same seed gives the same answers."""
+    limit_megapixels: float = 100.0
+    """Largest picture that is opened."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
@@ -158,6 +162,7 @@ class Chat:
             raise ConfigError("there is neither a question nor a terminal to ask one in; give a PROMPT")
         params = SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, seed=self.seed)
         loaded = load(model, device=self.place.device, dtype=self.place.dtype, max_tiles=self.max_tiles)
+        loaded.inputs.limit_megapixels = self.limit_megapixels
         talk = Talk(loaded, params, self.system)
         if prompt is None:
             converse(talk, list(self.image), sys.stdout)
@@ -259,6 +264,10 @@ class Evaluate:
     """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
     metric: Literal["exact", "contains", "choice", "anls"] = "exact"
     """What is right: the same words, holding them, the same letter, or near in spelling."""
+    image_root: Path | None = None
+    """Folder that picture paths of a dataset start from; default: where the data file lies."""
+    choices: Literal["hidden", "shown", "both"] = "hidden"
+    """FoodieQA: the choices are hidden, shown (for --metric choice), or both."""
     held_out: float | None = None
     """Of a dataset, score only what finetune holds out with the same number (a share, or a count) and seed; default: all."""
     seed: int = 0
@@ -273,6 +282,8 @@ class Evaluate:
     """System message; default: the one of each model's template."""
     batch_items: int = 16
     """Questions that run together."""
+    limit_megapixels: float = 100.0
+    """Largest picture that is opened."""
     forgetting: bool = False
     """Ask general questions too, to see what was forgotten."""
     output: Path = Path("runs/evaluate")
@@ -286,9 +297,21 @@ class Evaluate:
         from tessella.scoring import Questions, score  # torch
 
         questions = Questions(
-            self.data, self.recipe, self.skills, self.held_out, self.seed, self.limit, self.metric, self.max_tokens
+            data=self.data,
+            recipe=self.recipe,
+            skills=self.skills,
+            image_root=self.image_root,
+            choices=self.choices,
+            held_out=self.held_out,
+            seed=self.seed,
+            limit=self.limit,
+            limit_megapixels=self.limit_megapixels,
+            metric=self.metric,
+            max_tokens=self.max_tokens,
         )
-        settings = Settings(self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items)
+        settings = Settings(
+            self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items, self.limit_megapixels
+        )
         return score(self.models, questions, settings, self.output, self.html, self.forgetting)
 
 
@@ -301,12 +324,19 @@ class Inspect:
     """Of a picture: draw its tiles there; default: NAME-tiles.png here."""
     max_tiles: int | None = None
     """Most tiles a picture is cut into, 1 to 40; default: what the model says."""
+    image_root: Path | None = None
+    """Of a dataset: folder that picture paths start from; default: where the data file lies."""
+    choices: Literal["hidden", "shown", "both"] = "hidden"
+    """Of FoodieQA: the choices are hidden (answer in words), shown (answer a letter), or both."""
+    limit_megapixels: float = 100.0
+    """Largest picture that is opened."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
-        from tessella.inspection import inspect  # torch
+        from tessella.inspection import Look, inspect  # torch
 
-        return inspect(self.thing, self.model, self.output, self.max_tiles, self.place.device, self.place.dtype)
+        look = Look(self.model, self.output, self.max_tiles, self.image_root, self.choices, self.limit_megapixels)
+        return inspect(self.thing, look, self.place.device, self.place.dtype)
 
 
 @dataclass(frozen=True)
@@ -362,9 +392,13 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "inspect": (Inspect, INSPECT),
 }
 
+FORM = (tyro.conf.DisallowNone,)  # leaving a flag out is how one says None
+
 
 def words_of_chat(model: str | None, prompt: str | None) -> tuple[str, str | None]:
     """One word alone is a MODEL when it looks like one (a name that we know, a folder, a path, owner/name), else the PROMPT."""
+    if model is not None and Path(model).is_file():
+        raise ConfigError(f'"{model}" is a file, and a MODEL is a folder; a picture is shown with --image {model}')
     if model is None or prompt is not None:
         return model or "tessella-nano", prompt
     is_path = model.startswith((".", "/", "~")) or ("/" in model and not any(mark.isspace() for mark in model))
@@ -393,9 +427,17 @@ def parse(words: Sequence[str]) -> Command:
         sys.exit(tell(f'"{name}" is no command; {hint} (tessella --help tells more)'))
     kind, about = COMMANDS[name]
     if kind is Finetune:
-        default = Finetune(recipe=load_recipe(recipe_among(words[1:])))
-        return tyro.cli(Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default)
-    command: Command = tyro.cli(kind, prog=f"tessella {name}", description=about, args=list(words[1:]))
+        recipe = recipe_among(words[1:])
+        default = Finetune(recipe=load_recipe(recipe))
+        finetune = tyro.cli(
+            Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default, config=FORM
+        )
+        if finetune.recipe_file is not None and finetune.recipe_file != recipe:
+            raise ConfigError(f"{finetune.recipe_file} is no recipe: a recipe is a .toml file; data goes behind --data")
+        if finetune.recipe_file is None and recipe in finetune.recipe.data:
+            raise ConfigError(f"{recipe} was read as data; the recipe goes first: tessella finetune {recipe} --data …")
+        return finetune
+    command: Command = tyro.cli(kind, prog=f"tessella {name}", description=about, args=list(words[1:]), config=FORM)
     return command
 
 
@@ -409,14 +451,16 @@ def front_page() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit code: 0 done, 1 verify found a difference, 2 something a person can mend, 130 Ctrl-C."""
     words = sys.argv[1:] if words is None else list(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows "?" and loses no answer
     try:
         command = parse(words)
         path = command.json if isinstance(command, Finetune) else command.place.json
-        if path is not None and not path.expanduser().resolve().parent.is_dir():
-            raise ConfigError(f"--json {path}: {path.parent} is no folder; make it first")  # now, not after an hour's work
+        if path is not None:
+            check_place("--json", path.expanduser())  # now, not after an hour's work
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}
         if path is not None:
-            write_json(path.expanduser(), result)
+            write_whole(path.expanduser(), json.dumps(result, ensure_ascii=False, indent=2) + "\n")
         if result.get("stopped_by") == "interrupted":  # finetune saves on Ctrl-C and ends in good order
             return 130
         return 1 if result.get("differs") else 0
@@ -442,14 +486,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return tell(f"{OUT_OF_MEMORY}\n({str(error).splitlines()[0]})")
-
-
-def write_json(path: Path, result: Result) -> None:
-    """Write aside, then rename, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.part")
-    text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"  # before the file is opened: a mistake here leaves none
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 if __name__ == "__main__":

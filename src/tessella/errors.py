@@ -43,3 +43,7 @@ class MemoryError_(TessellaError):
 
 class DownloadError(TessellaError):
     """A model on a hub, or a part of the built-in one, could not be fetched, or came broken."""
+
+
+class WriteError(TessellaError):
+    """A file that cannot be written: no such place, no permission, no room on the disk."""

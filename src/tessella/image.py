@@ -226,7 +226,7 @@ def _stream(source: str | Path | bytes, name: str) -> IO[bytes]:
         return io.BytesIO(source)
     if isinstance(source, str) and source[:5].lower() == "data:":
         return io.BytesIO(_data_uri(source, name))
-    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+    if re.match(r"https?:/", str(source), re.IGNORECASE):  # one slash: a Path folds the second away
         raise ImageError(f"{name} is a web address; nothing is fetched from the web: download it and give the file")
     try:
         return Path(source).expanduser().open("rb")
@@ -291,7 +291,7 @@ def _check_size(image: Image.Image, name: str, limit_megapixels: float) -> None:
     if megapixels > limit_megapixels:
         raise ImageError(
             f"{name} is {_measure(image)} = {megapixels:,.1f} megapixels; at most {limit_megapixels:g}: "
-            "make it smaller, or raise the limit (limit_megapixels)"
+            "make it smaller, or raise the limit (--limit-megapixels)"
         )
 
 

@@ -3,6 +3,7 @@
 In: a path and the model through whose eyes it is seen.  Out: tables on the screen, a drawing of the tiles, the result for --json.
 """
 
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tessella.chat import Message, place_marks
+from tessella.checkpoint.adapters import learned_in
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.hub import has_weights, hub_name
 from tessella.checkpoint.published import HUB, PUBLISHED, published_config
@@ -20,10 +22,13 @@ from tessella.checkpoint.read import find_model, layout_of, resolve_head
 from tessella.checkpoint.weights import open_weights
 from tessella.config import ModelConfig, load_config, model_config, read_config_json
 from tessella.errors import DataError
-from tessella.image import Tiles, cut_tiles, open_image
+from tessella.files import write_whole
+from tessella.image import LIMIT_MEGAPIXELS, Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
 from tessella.tokenizer import Tokenizer
+from tessella.train.classes import SUFFIXES
+from tessella.train.dataset import ARCHIVES
 from tessella.train.survey import render_survey, runs_of, survey
 
 QUESTION = "What is in this picture?"
@@ -31,17 +36,31 @@ GAP_PX = 8
 ROWS = (".json", ".jsonl")
 
 
-def inspect(thing: str, model: str, output: Path | None, max_tiles: int | None, device: str, dtype: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Look:
+    """How pictures and datasets are looked at."""
+
+    model: str = "tessella-nano"  # through whose eyes
+    output: Path | None = None  # where a picture's tiles are drawn
+    max_tiles: int | None = None
+    image_root: Path | None = None  # of a dataset
+    choices: str = "hidden"  # of FoodieQA
+    limit_megapixels: float = LIMIT_MEGAPIXELS
+
+
+def inspect(thing: str, look: Look, device: str, dtype: str) -> dict[str, Any]:
     """Look at a picture, a dataset or a model, whichever it is; gives what --json writes. Raises DataError for anything else."""
-    path = Path(thing).expanduser()
+    path = learned_in(Path(thing).expanduser())
+    if not path.exists() and path.suffix.lower() in (*ROWS, *ARCHIVES, *SUFFIXES):
+        raise DataError(f"{path}: no such file; check the path")
     is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     console = Console()
     if is_model or not path.exists():
         return inspect_model(thing, device, dtype, console)
-    if path.is_dir() or path.suffix.lower() in ROWS:
-        return inspect_dataset(path, model, max_tiles, console)
+    if path.is_dir() or path.suffix.lower() in (*ROWS, *ARCHIVES):
+        return inspect_dataset(path, look, console)
     if path.is_file():
-        return inspect_image(path, model, output or Path(f"{path.stem}-tiles.png"), max_tiles, console)
+        return inspect_image(path, look, console)
     raise DataError(f"{path} is neither a file nor a folder; give a picture, a dataset or a model")
 
 
@@ -55,12 +74,18 @@ def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, ModelConfig]:
 # ---- a picture
 
 
-def inspect_image(path: Path, model: str, output: Path, max_tiles: int | None, console: Console) -> dict[str, Any]:
-    """Draw the tiles to output and print what they cost."""
-    inputs, config = eyes(model, max_tiles)
-    tiles = cut_tiles(open_image(path), inputs.rule())
+def inspect_image(path: Path, look: Look, console: Console) -> dict[str, Any]:
+    """Draw the tiles and print what they cost. Raises DataError when the drawing would be no PNG, and ImageError."""
+    output = look.output or Path(f"{path.stem}-tiles.png")
+    if output.suffix.lower() != ".png":
+        raise DataError(f"--output {output}: the tiles are drawn as a PNG; give a name that ends in .png")
+    inputs, config = eyes(look.model, look.max_tiles)
+    inputs.limit_megapixels = look.limit_megapixels
+    tiles = cut_tiles(open_image(path, limit_megapixels=look.limit_megapixels), inputs.rule())
     prompt = inputs.build([Message("user", place_marks(QUESTION, 1))], [Picture(path)])
-    draw_tiles(tiles).save(output)
+    drawing = io.BytesIO()
+    draw_tiles(tiles).save(drawing, "PNG")
+    write_whole(output, drawing.getvalue())
     total, grid = len(tiles.pixels), tiles.grid
     thumbnail = total > grid.columns * grid.rows
     facts = {
@@ -112,10 +137,11 @@ def draw_tiles(tiles: Tiles) -> Image.Image:
 # ---- a dataset
 
 
-def inspect_dataset(path: Path, model: str, max_tiles: int | None, console: Console) -> dict[str, Any]:
+def inspect_dataset(path: Path, look: Look, console: Console) -> dict[str, Any]:
     """Read it whole, print the table and what is wrong with it."""
-    inputs, _ = eyes(model, max_tiles)
-    found = survey(path, inputs)
+    inputs, _ = eyes(look.model, look.max_tiles)
+    inputs.limit_megapixels = look.limit_megapixels
+    found = survey(path, inputs, image_root=look.image_root, choices=look.choices)
     console.print(render_survey(found), markup=False, highlight=False, soft_wrap=True)
     return {"kind": "dataset", **found.as_dict()}
 

@@ -20,6 +20,11 @@ MENDABLE = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "it is a folder; give a file",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write somewhere else",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "there is no memory for it; close other programs, or take --max-tiles 1 or --dtype bfloat16",
+    errno.ELOOP: "the links lead in a circle; check the path",
 }
 
 # Packages that only some commands need -> how to get them.
@@ -27,8 +32,8 @@ OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator gives up."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator, or mapping a file, gives up."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def tell(message: str) -> int:

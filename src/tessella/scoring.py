@@ -16,6 +16,7 @@ from tessella.evaluate.provenance import provenance
 from tessella.evaluate.report import as_json, percent, write_html
 from tessella.evaluate.run import Row, Settings, evaluate
 from tessella.evaluate.task import Item, Task, items_from, read_items
+from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.dataset import read_dataset, read_recipe_data
 from tessella.train.readers import read_rows
 from tessella.train.recipe import load_recipe
@@ -28,23 +29,37 @@ class Questions:
     data: tuple[Path, ...] = ()
     recipe: Path | None = None  # its held-out part, exactly as its run saw it
     skills: bool = False  # each JSONL file below data is a task of its own
+    image_root: Path | None = None  # of a dataset: where its picture paths start
+    choices: str = "hidden"  # of FoodieQA
     held_out: float | None = None  # of a dataset: a share below 1, or a count; None: all of it
     seed: int = 0
     limit: int | None = None
+    limit_megapixels: float = LIMIT_MEGAPIXELS
     metric: str = "exact"
     max_tokens: int = 32
 
     def tasks(self) -> list[Task]:
-        """Raises DataError when there is nothing to ask."""
+        """Raises DataError when there is nothing to ask, or the flags ask for two things at once."""
+        self._check()
         if self.skills:
             return [self._task(path.stem, self._items(path)) for path in skill_files(self.data)]
         if self.recipe is not None:
             held_out = read_recipe_data(load_recipe(self.recipe)).held_out
-            return [self._task(self.recipe.stem, items_from(held_out))]
+            run = self.recipe.resolve().parent.name  # finetune calls each one recipe.toml
+            return [self._task(run if self.recipe.stem == "recipe" else self.recipe.stem, items_from(held_out))]
         if not self.data:
             raise DataError("there are no questions; give --data PATH (or --recipe FILE, to score what a run held out)")
         items = tuple(item for path in self.data for item in self._items(path))
         return [self._task(self.data[0].stem, items)]
+
+    def _check(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"limit is {self.limit}, must be at least 1, or left out for all questions")
+        given = {"--data": self.data, "--skills": self.skills, "--held-out": self.held_out, "--image-root": self.image_root}
+        given |= {"--choices": self.choices != "hidden", "--seed": self.seed}
+        extra = [name for name, value in given.items() if value]
+        if self.recipe is not None and extra:
+            raise DataError(f"--recipe says all about its data; leave {' and '.join(extra)} out, or leave --recipe out")
 
     def metrics(self) -> Path | None:
         """The log of the run whose held-out part is scored, for the loss curve."""
@@ -58,10 +73,17 @@ class Questions:
         first = first_row(path) if path.is_file() else {}
         if "question" in first or ("messages" in first and "answers" in first):
             return read_items(path)
-        if self.held_out is None:
-            samples, _ = read_dataset(path)
-        else:
-            samples, _ = read_dataset(path, split="held_out", held_out=self.held_out, seed=self.seed)
+        samples, ledger = read_dataset(
+            path,
+            image_root=self.image_root,
+            split="all" if self.held_out is None else "held_out",
+            held_out=self.held_out or 0.0,
+            seed=self.seed,
+            choices=self.choices,
+            limit_megapixels=self.limit_megapixels,
+        )
+        if ledger.skipped or ledger.notes:
+            Console(stderr=True).print(f"{path}: {ledger.report()}", markup=False, highlight=False, soft_wrap=True)
         items = items_from(samples)
         if "answers" not in first:
             return items
@@ -110,7 +132,7 @@ def score(
 ) -> dict[str, Any]:
     """Ask every model every task and show the table; gives what --json writes."""
     if not models:
-        raise DataError("there is no model to score; give one MODEL or more")
+        raise DataError("there is no model to score; give one MODEL or more, before --data: what stands behind it is data")
     tasks, console, origin = questions.tasks(), Console(), provenance()
     results = []
     for number, task in enumerate(tasks):

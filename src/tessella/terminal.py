@@ -4,9 +4,11 @@ In: a loaded model, questions and pictures.  Out: answers, streamed as they are 
 """
 
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +28,8 @@ HELP = """\
 /save FILE    add the conversation to FILE, one JSON line that `tessella finetune --data FILE` reads
 /help         this list
 /exit         leave; so does Ctrl-D.  Ctrl-C stops an answer, not the program"""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Talk:
     pictures: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
-    def ask(self, text: str, pictures: list[Path]) -> Iterator[str]:
+    def ask(self, text: str, pictures: list[Path]) -> Generator[str, None, None]:
         """Ask with new pictures; yields the answer in pieces.
 
         Raises ContextError, ImageError or PromptError, and changes nothing then.
@@ -104,10 +108,15 @@ class Talk:
 
 
 def answer_once(talk: Talk, prompt: str, pictures: list[Path], out: TextIO) -> None:
-    """Print the answer alone, as it is made, and a newline."""
+    """Print the answer alone, as it is made, and a newline; a pipe gets it as it is."""
     for piece in talk.ask(prompt, pictures):
-        print(piece, end="", flush=True, file=out)
+        print(harmless(piece) if out.isatty() else piece, end="", flush=True, file=out)
     print(file=out)
+
+
+def harmless(text: str) -> str:
+    """Control characters become the replacement sign: a model (or what a picture made it say) must not steer the terminal."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def converse(talk: Talk, waiting: list[Path], out: TextIO) -> None:
@@ -128,20 +137,27 @@ def converse(talk: Talk, waiting: list[Path], out: TextIO) -> None:
             continue
         if line == "/exit":
             return
-        if line.startswith("/"):
-            _obey(line, talk, waiting, out)
-        elif line:
-            _answer(talk, line, waiting, out)
+        try:
+            if line.startswith("/"):
+                _obey(line, talk, waiting, out)
+            elif line:
+                _answer(talk, line, waiting, out)
+        except KeyboardInterrupt:  # a large picture takes seconds to open
+            print(" (stopped)", file=out)
 
 
 def _answer(talk: Talk, line: str, waiting: list[Path], out: TextIO) -> None:
-    """Stream one answer; pictures stop waiting once they were shown."""
+    """Stream one answer. Pictures stop waiting once the conversation holds them: not when stopped before the first word."""
+    shown = len(talk.pictures) + len(waiting)
     try:
-        for piece in talk.ask(line, waiting):
-            print(piece, end="", flush=True, file=out)
+        with closing(talk.ask(line, waiting)) as answer:  # closed here, so that the turn is recorded before we look at it
+            for piece in answer:
+                print(harmless(piece), end="", flush=True, file=out)
         print(file=out)
     except KeyboardInterrupt:
         print(" (stopped)", file=out)
+        if len(talk.pictures) < shown:
+            return
     except ContextError as error:
         print(f"{error}\nor start afresh with /clear", file=out)
         return
@@ -181,7 +197,8 @@ def _obey(line: str, talk: Talk, waiting: list[Path], out: TextIO) -> None:
 def _show(talk: Talk, path: Path, out: TextIO) -> bool:
     """Open a picture now, so that a mistake is told now; says what the model will see of it."""
     try:
-        tiles = cut_tiles(open_image(path), talk.loaded.inputs.rule())
+        inputs = talk.loaded.inputs
+        tiles = cut_tiles(open_image(path, limit_megapixels=inputs.limit_megapixels), inputs.rule())
     except TessellaError as error:
         print(error, file=out)
         return False
@@ -195,10 +212,13 @@ def _show(talk: Talk, path: Path, out: TextIO) -> bool:
 
 
 def save(talk: Talk, path: Path) -> None:
-    """Append the conversation to path as one JSON line. Raises DataError when there is nothing to save or no such folder."""
+    """Append the conversation to path as one JSON line. Raises DataError when there is nothing to save or path takes none."""
     if not talk.messages:
         raise DataError("nothing was said yet, so there is nothing to save; ask something first")
     if not path.parent.is_dir():
         raise DataError(f"{path.parent} is not a folder; make it, or save somewhere else")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(talk.as_row(), ensure_ascii=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(talk.as_row(), ensure_ascii=False) + "\n")
+    except OSError as error:  # a folder, no permission, a full disk: the conversation must outlive it
+        raise DataError(f"{path} cannot be written ({error.strerror}); save somewhere else") from error

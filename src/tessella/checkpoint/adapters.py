@@ -37,6 +37,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def learned_in(folder: Path) -> Path:
+    """What a person means by the output folder of `finetune`: the adapter/ or model/ in it. Any other folder means itself."""
+    if is_adapter(folder) or (folder / "config.json").is_file():
+        return folder
+    if is_adapter(folder / "adapter"):
+        return folder / "adapter"
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The dict of adapter_config.json. Raises CheckpointError."""
     path = folder / CONFIG

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import is_adapter, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import is_adapter, learned_in, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
@@ -71,14 +71,14 @@ def load(
 
 
 def find_model(name_or_folder: str | Path, adapter: Path | None = None, *, weights: bool = True) -> tuple[Path, Path | None]:
-    """What a person typed -> (model folder, adapter folder or None). An adapter folder names its own base.
+    """What a person typed -> (model folder, adapter folder or None). An adapter names its own base; a run, its result.
 
     A name on a hub is fetched when it is not in the local cache; weights False: its config and tokenizer are enough.
     Raises CheckpointError when it is neither a folder nor a name, DownloadError when it cannot be fetched.
     """
     if str(name_or_folder) == NANO:
         return nano_folder(), adapter
-    folder = Path(name_or_folder).expanduser()
+    folder = learned_in(Path(name_or_folder).expanduser())
     if not folder.is_dir():
         folder = _from_hub(str(name_or_folder), weights)
     if not is_adapter(folder):

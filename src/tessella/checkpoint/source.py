@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import is_adapter, pairs_and_whole, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import is_adapter, learned_in, pairs_and_whole, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO
 from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit, layout_of
@@ -178,6 +178,7 @@ def _open(name: str, origin: Origin, above: tuple[Path, ...]) -> Source:
     path = Path(name).expanduser()
     if name == NANO or not path.exists():
         path = find_model(name)[0]
+    path = learned_in(path)
     if path.resolve() in above:
         raise CheckpointError(f"{path} is, over its bases, its own base; name the base with --base")
     kind = kind_of(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tessella.errors import DataError
+from tessella.files import cannot_write, write_whole
 
 FORMAT = "tessella answers 1"
 FINGERPRINTED = ("config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
@@ -40,23 +41,25 @@ class AnswerFile:
     def __init__(self, path: Path, header: dict[str, str]):
         self.path, self.header = path, {"format": FORMAT, **header}
         self.answers: dict[str, Answer] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
+        if path.is_file():
             self._read()
         else:
-            path.write_text(_line(self.header), encoding="utf-8")
+            write_whole(path, _line(self.header))
 
     def has(self, key: str) -> bool:
         """Whether an answer is there; a failure is none."""
         return key in self.answers and not self.answers[key].failed
 
     def add(self, answers: Iterable[Answer]) -> None:
-        """Append answers and see them to the disk."""
+        """Append answers and see them to the disk. Raises WriteError; what was kept before stays."""
         answers = list(answers)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(asdict(answer)) for answer in answers)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(_line(asdict(answer)) for answer in answers)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         self.answers.update((answer.key, answer) for answer in answers)
 
     def _read(self) -> None:

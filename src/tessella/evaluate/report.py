@@ -6,7 +6,6 @@ In: the rows of evaluate(), the task, and where the numbers came from.  Out: tex
 import base64
 import io
 import json
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tessella.errors import DataError, ImageError
+from tessella.errors import ImageError
 from tessella.evaluate.curve import loss_curve
 from tessella.evaluate.metrics import METRICS, McNemar
 from tessella.evaluate.provenance import Provenance, provenance
 from tessella.evaluate.run import Row, Score
 from tessella.evaluate.task import Item, Task
+from tessella.files import write_whole
 from tessella.image import open_image
 from tessella.inputs import Picture
 
@@ -98,8 +98,8 @@ def _test_json(test: McNemar | None, first: Row) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, rows: Sequence[Row], task: Task, origin: Provenance | None = None) -> None:
-    """as_json into a file. Raises DataError when it cannot be written."""
-    _write(Path(path), json.dumps(as_json(rows, task, origin), ensure_ascii=False, indent=2) + "\n")
+    """as_json into a file. Raises WriteError when it cannot be written."""
+    write_whole(Path(path), json.dumps(as_json(rows, task, origin), ensure_ascii=False, indent=2) + "\n")
 
 
 def write_html(
@@ -112,8 +112,8 @@ def write_html(
     origin: Provenance | None = None,
     most_items: int = MOST_ITEMS,
 ) -> None:
-    """The page into a file. metrics: a run's metrics.jsonl for the loss curve. Raises DataError."""
-    _write(Path(path), as_html(rows, task, title=title, metrics=metrics, origin=origin, most_items=most_items))
+    """The page into a file. metrics: a run's metrics.jsonl for the loss curve. Raises DataError, WriteError."""
+    write_whole(Path(path), as_html(rows, task, title=title, metrics=metrics, origin=origin, most_items=most_items))
 
 
 def as_html(
@@ -240,16 +240,3 @@ def _said(score: Score, indices: Sequence[int], read: Any) -> tuple[int, int, tu
     answers = [score.answers[index] for index in indices]
     wrong = Counter("(not asked)" if one.failed else read(one.text) or "(nothing)" for one in answers if not one.right)
     return sum(one.right for one in answers), len(answers), tuple(wrong.most_common(4))
-
-
-def _write(path: Path, text: str) -> None:
-    """Aside first, then in one step, so that a full disk leaves the old file."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        if aside.is_file():
-            aside.unlink()
-        raise DataError(f"{path} cannot be written ({error.strerror}); make room or give another path") from error

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tessella.checkpoint.adapters import learned_in
 from tessella.checkpoint.read import Loaded, load
 from tessella.errors import ConfigError, ContextError, DataError, ImageError, MemoryError_, PromptError
 from tessella.evaluate.answers import Answer, AnswerFile, fingerprint
@@ -26,6 +27,7 @@ from tessella.evaluate.task import Item, Task
 from tessella.evaluate.tasks import TASKS
 from tessella.evaluate.tasks.general import PASSAGE
 from tessella.generate import generate_batch
+from tessella.image import LIMIT_MEGAPIXELS
 from tessella.inputs import ModelInput
 from tessella.sampling import GREEDY, SamplingParams
 
@@ -39,6 +41,7 @@ class Settings:
     max_tiles: int | None = None
     system: str | None = None
     batch_items: int = 16  # items that run together, at least 1; halved by itself when memory runs out
+    limit_megapixels: float = LIMIT_MEGAPIXELS  # of a picture
 
     def __post_init__(self) -> None:
         if self.batch_items < 1:
@@ -148,6 +151,7 @@ def evaluate_one(
 ) -> Row:
     """One model: load, ask, judge, free."""
     loaded = load(name, device=settings.device, dtype=settings.dtype, max_tiles=settings.max_tiles, system=settings.system)
+    loaded.inputs.limit_megapixels = settings.limit_megapixels
     begun = time.monotonic()
     file = _answer_file(name, loaded, task, folder, settings)
     taken_over = sum(file.has(item.key) for item in task.items)
@@ -237,7 +241,7 @@ def _answer(key: str, built: ModelInput | str, texts: dict[str, str]) -> Answer:
 
 def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: Settings) -> AnswerFile:
     """Where this model's answers to this task are kept; the header pins all that an answer depends on."""
-    given = Path(name)
+    given = learned_in(Path(name).expanduser())
     weights = fingerprint(loaded.folder) + (fingerprint(given) if given.is_dir() else "")
     header = {
         "model": str(given.resolve()) if given.is_dir() else name,
@@ -251,7 +255,7 @@ def _answer_file(name: str, loaded: Loaded, task: Task, folder: Path, settings: 
     }
     # The hash keeps runs of like names apart, and a changed model, question or setting gets a file of its own.
     unique = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:10]
-    return AnswerFile(folder / "answers" / f"{_plain(given.name)}-{_plain(task.name)}-{unique}.jsonl", header)
+    return AnswerFile(folder / "answers" / f"{_plain(Path(name).name)}-{_plain(task.name)}-{unique}.jsonl", header)
 
 
 def _plain(name: str) -> str:

@@ -127,6 +127,7 @@ def read_dataset(
     max_bad_share: float = 0.05,
     inputs: Inputs | None = None,
     decode: bool = False,
+    limit_megapixels: float = LIMIT_MEGAPIXELS,
 ) -> tuple[list[Sample], Ledger]:
     """Read one split of a dataset, in the order of the file.
 
@@ -139,7 +140,7 @@ def read_dataset(
     asking = Asking(question_language, questions, answer, seed)
     found = _find(Path(path), format, image_root, asking, choices)
     held = _held_out_groups(found.drafts, held_out, seed)
-    samples = _examine(found, inputs, decode)
+    samples = _examine(found, inputs, decode, limit_megapixels)
     picked = [sample for draft, sample in samples if split == "all" or (split == "held_out") == _is_held_out(draft, held)]
     ledger = Ledger(len(picked), found.skipped, found.notes, other_split=len(samples) - len(picked))
     ledger.check(str(path), max_bad_share)
@@ -185,7 +186,7 @@ def _read_for(recipe: Recipe, path: Path, held_out: float, inputs: Inputs | None
     found = _find(path, recipe.format, recipe.image_root, asking, recipe.choices)
     held = _held_out_groups(found.drafts, held_out, recipe.seed)
     good: dict[str, list[Sample]] = {"train": [], "held_out": []}
-    for draft, sample in _examine(found, inputs, decode=False):
+    for draft, sample in _examine(found, inputs, False, recipe.limit_megapixels):
         good["held_out" if _is_held_out(draft, held) else "train"].append(sample)
     ledger = Ledger(len(good["train"]) + len(good["held_out"]), found.skipped, found.notes)
     ledger.check(str(path), recipe.max_bad_share)
@@ -246,9 +247,8 @@ def _sound(drafts: list[Draft]) -> list[Draft]:
     return drafts
 
 
-def _examine(found: Found, inputs: Inputs | None, decode: bool) -> list[tuple[Draft, Sample]]:
+def _examine(found: Found, inputs: Inputs | None, decode: bool, limit_megapixels: float) -> list[tuple[Draft, Sample]]:
     """Drafts whose pictures are sound and whose length fits, with their samples; the others go into found.skipped."""
-    limit_megapixels = LIMIT_MEGAPIXELS if inputs is None else inputs.limit_megapixels
     sources = [source for draft in found.drafts for source in draft.sources]
     looked_at = examine_pictures(sources, decode=decode, limit_megapixels=limit_megapixels)
     samples = []

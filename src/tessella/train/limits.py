@@ -3,6 +3,7 @@
 In: signals, the clock, what the allocator raises.  Out: a reason to stop, or a MemoryError_ with an estimate and what to lower.
 """
 
+import os
 import signal
 import threading
 import time
@@ -36,6 +37,8 @@ class Stop:
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = True
+        # os.write: a signal may come in the middle of a print, which must not be entered twice.
+        os.write(2, b"\nstopping after this step and saving; once more breaks off at once\n")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

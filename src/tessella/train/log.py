@@ -5,6 +5,7 @@ In: rows of numbers by step.  Out: output/metrics.jsonl (one object a line, "ste
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tessella.chat import IMAGE_MARK
 from tessella.errors import TrainingError
+from tessella.files import cannot_write, write_whole
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Scalars(Protocol):
 
 
 class Log:
-    """Open for the length of a run: `with Log(...) as log`. Raises TrainingError when its files cannot be written."""
+    """Open for the length of a run: `with Log(...) as log`. Raises TrainingError or WriteError when it cannot be written."""
 
     def __init__(
         self, output: Path, *, total_steps: int, first_step: int, tensorboard: bool, device: torch.device,
@@ -49,18 +52,15 @@ class Log:
         self.console = console or Console(stderr=True, highlight=False)
         self.rows = kept_rows(self.path, first_step)
         self.scalars: Scalars | None = None
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows), encoding="utf-8")
-            self.file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise TrainingError(f"{self.path} cannot be written: {error}; free some room, or give another output") from error
+        self.hook, threading.excepthook = threading.excepthook, _hook_of_threads
+        if output.exists() and not output.is_dir():
+            raise TrainingError(f"{output} is a file; a run needs a folder: give another output")
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        self.file = self.path.open("a", encoding="utf-8")
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # heavy (a second) and in the train extra only
-
-            self.scalars = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+            self.scalars = open_tensorboard(output / TENSORBOARD, first_step)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
         live = self.console.is_terminal
         self.bar = Progress(*columns, *times, console=self.console, disable=not live, transient=False)
         self.task = self.bar.add_task("teaching", total=total_steps, completed=first_step, told="")
@@ -72,9 +72,16 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
-        self.file.close()
-        if self.scalars is not None:
-            self.scalars.close()
+        lost: OSError | None = None
+        for written in (self.file, self.scalars):  # closing writes what is still in memory, and a full disk refuses again
+            try:
+                if written is not None:
+                    written.close()
+            except OSError as refused:
+                lost = refused
+        threading.excepthook = self.hook
+        if lost is not None and error is None:  # otherwise what stopped the run is what must be told
+            raise cannot_write(self.path.parent, lost) from lost
 
     def advance(self, step: int) -> None:
         """A step is done; moves the bar alone."""
@@ -96,7 +103,8 @@ class Log:
         """answers: rows of question, expected, answer."""
         self._write("answers", step, {"answers": answers})
         for row in answers:
-            self.say(f"  {row['question']!r} -> {row['answer']!r} (expected {row['expected']!r})")
+            question = row["question"].replace(IMAGE_MARK, "").strip()
+            self.say(f"  {question!r} -> {row['answer']!r} (expected {row['expected']!r})")
 
     def note(self, step: int, text: str, kind: str = "note", **values: Any) -> None:
         """Something to be told in words."""
@@ -115,7 +123,9 @@ class Log:
             if self.scalars is not None:
                 self._to_tensorboard(step, values)
         except OSError as error:
-            raise TrainingError(f"{self.path} cannot be written: {error}; free some room, then resume") from error
+            raise TrainingError(
+                f"{self.path.parent} takes no more of the log ({error.strerror}); make room, then resume"
+            ) from error
         if self.on_event:
             self.on_event(Event(kind, step, values))
 
@@ -137,6 +147,23 @@ class Log:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return float(psutil.Process().memory_info().rss / 2**30)
+
+
+def open_tensorboard(folder: Path, first_step: int) -> Scalars:
+    """A SummaryWriter. Raises WriteError."""
+    from torch.utils.tensorboard import SummaryWriter  # heavy (a second) and in the train extra only
+
+    try:
+        writer: Scalars = SummaryWriter(str(folder), purge_step=first_step + 1)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return writer
+
+
+def _hook_of_threads(args: threading.ExceptHookArgs) -> None:
+    """As Python's own, but an OSError (a full disk) of TensorBoard's writer prints no trace: add_scalar raises it again."""
+    if not (issubclass(args.exc_type, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(args)
 
 
 def kept_rows(path: Path, first_step: int) -> list[dict[str, Any]]:

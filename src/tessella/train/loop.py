@@ -74,8 +74,9 @@ def train(
     torch.manual_seed(recipe.seed)  # initial LoRA, and dropout
     loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, max_tiles=recipe.max_tiles, system=recipe.system)
     loaded.inputs = Inputs(
-        loaded.config, loaded.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system
-    )
+        loaded.config, loaded.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system,
+        limit_megapixels=recipe.limit_megapixels,
+    )  # fmt: skip
     ledger = Ledger(used=len(samples or ()) + len(held_out or ()))
     if samples is None:
         data = read_recipe_data(recipe, loaded.inputs)

@@ -53,6 +53,8 @@ class Recipe:
     """System message; default: the one of the model's template."""
     max_tiles: int | None = None
     """Most tiles a picture is cut into (1 to 40); default: what the model says."""
+    limit_megapixels: float = 100.0
+    """Largest picture that is opened; a larger one is a bad sample."""
     context_tokens: int | None = None
     """Longest sample in tokens, pictures included; default: what the model says."""
 
@@ -188,6 +190,7 @@ class Recipe:
 # out-of-memory error.
 FREE_ON_RESUME = frozenset((
     "output", "resume", "device", "compile", "workers", "tokens_per_pass", "cache_features", "time_limit_s", "max_bad_share",
+    "limit_megapixels",
     "evaluate_every", "sample_answers", "save_every", "keep", "report_every", "tensorboard",
 ))  # fmt: skip
 
@@ -213,6 +216,7 @@ RANGES = {
     "held_out": Bounds(0),
     "max_bad_share": Bounds(0, 1),
     "max_tiles": Bounds(1, 40),
+    "limit_megapixels": Bounds(0, above=True),
     "context_tokens": Bounds(16),
     "lora_rank": Bounds(1, 4096),
     "lora_layers": Bounds(1),

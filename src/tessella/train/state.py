@@ -46,6 +46,8 @@ def save(output: Path, progress: Progress, tensors: dict[str, Tensor], keep: int
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     hashes: dict[str, str] = {}
     try:
+        if folder.is_dir() and damage(folder) is not None:
+            shutil.rmtree(folder)  # resume passed over it; now its step has come again
         with new_folder(folder, num_bytes=num_bytes + 2**16, force=True, known_hashes=hashes) as aside:
             hashes[TENSORS] = write_file(aside / TENSORS, entries_of(tensors))
             (aside / NUMBERS).write_text(json.dumps(asdict(progress), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -68,11 +68,23 @@ class Survey:
 
 
 def survey(
-    path: Path, inputs: Inputs, *, format: str = "auto", image_root: Path | None = None, choices: str = "hidden"
+    path: Path,
+    inputs: Inputs,
+    *,
+    format: str = "auto",
+    image_root: Path | None = None,
+    choices: str = "hidden",
 ) -> Survey:
     """Read a dataset whole, decode its pictures, and look. Raises DataError when nothing in it is good."""
     samples, ledger = read_dataset(
-        path, format=format, image_root=image_root, choices=choices, max_bad_share=1.0, inputs=inputs, decode=True
+        path,
+        format=format,
+        image_root=image_root,
+        choices=choices,
+        max_bad_share=1.0,
+        inputs=inputs,
+        decode=True,
+        limit_megapixels=inputs.limit_megapixels,
     )
     first = min(samples, key=lambda sample: (not sample.pictures, abs(len(sample.messages) - 2)))
     return Survey(
