@@ -109,7 +109,7 @@ def _hub_snapshot(name: str) -> Path:
             f'there is no folder "{name}" here, and no such model in {hub}; if it is a hub name, fetch it first: '
             f"huggingface-cli download {name} --local-dir {name.split('/')[1]}, and give that folder; or say {NANO}"
         )
-    raise CheckpointError(f'there is no folder "{name}"; give a folder in the official or the native layout, or {NANO}')
+    raise CheckpointError(f'there is no folder "{name}"; give a folder in the official InternVL2 layout, or {NANO}')
 
 
 def load_model(
