@@ -1,4 +1,4 @@
-"""What every test gets: two torch threads, a fixed seed, property tests without a deadline, no model hub, no gpu tests without CUDA."""
+"""What every test gets: two torch threads, a fixed seed, no deadlines, no model hub, and no gpu tests without CUDA."""
 
 import pytest
 import torch
