@@ -39,7 +39,7 @@ QUESTIONS = {  # name -> (question, pictures, most tiles of each)
     "two pictures": ("What differs?", 2, 1),
 }
 ANSWER_TOKENS = 16
-LIMIT = 1e-3  # largest difference of float32 logits; measured between 1e-5 and 3e-4, see results/matrix.md
+LIMIT = 1e-3  # largest difference of float32 logits; one machine gives 0, other kernels may not
 
 
 class Version(NamedTuple):
