@@ -207,3 +207,13 @@ def test_a_bfloat16_folder_loads_without_a_second_copy_in_memory(tmp_path: Path,
 
 def test_the_config_of_a_folder_is_the_one_it_was_written_with(tmp_path: Path) -> None:
     assert load_config(tiny.tiny_folder(tmp_path, "Qwen2ForCausalLM")) == tiny.tiny_config("Qwen2ForCausalLM")
+
+
+@pytest.mark.parametrize(("section", "field"), [("llm_config", "num_hidden_layers"), ("vision_config", "hidden_size")])
+def test_a_size_below_one_is_refused_by_name(tmp_path, section, field):
+    folder = tiny.tiny_folder(tmp_path / "m", "LlamaForCausalLM")
+    raw = json.loads((folder / "config.json").read_text())
+    raw[section][field] = -4
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="is -4, must be at least 1"):
+        load_config(folder)

@@ -29,7 +29,7 @@ FLOORS = {
     "cli": 5,
 }
 # These stand beside cli.py for their length alone: one room.
-JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification")
+JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification", "helptext")
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"
 # But for the file that runs transformers in a process of its own, to compare; nothing of ours imports it.

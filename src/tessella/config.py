@@ -9,7 +9,7 @@ configuration_internvl.py and modeling_rope_utils.py of huggingface/transformers
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class VisionConfig:
     layer_scale_init: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         if self.norm not in ("layer_norm", "rms_norm"):
             raise ConfigError(f'vision_config.norm_type is "{self.norm}", must be "layer_norm" or "rms_norm"')
         if self.hidden_size % self.num_heads:
@@ -101,6 +102,7 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if self.architecture not in MODEL_TYPES:
             raise ConfigError(f'the language model is a "{self.architecture}"; we can run {", ".join(MODEL_TYPES)}')
+        _check_sizes(self)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
         if sum(rope is not None for rope in (self.rope_dynamic_factor, self.rope_long, self.rope_llama3)) > 1:
@@ -150,6 +152,14 @@ class ModelConfig:
     def slots_per_tile(self) -> int:
         """Visual tokens of one tile: (tile / patch / 2) squared; 256 at 448 px, 64 at 224 px."""
         return (self.tile_size_px // self.vision.patch_size_px // 2) ** 2
+
+
+def _check_sizes(part: VisionConfig | LanguageConfig) -> None:
+    """Every whole number of a part counts something. Raises ConfigError naming one below 1."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ConfigError(f"{field.name} is {value}, must be at least 1; fetch the model's config.json again")
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -27,6 +27,7 @@ from tessella.evaluate.metrics import Interval, wilson
 from tessella.evaluate.report import percent, write_html
 from tessella.evaluate.run import Row, Settings, evaluate
 from tessella.evaluate.task import Item, Task
+from tessella.files import write_whole
 from tessella.foods import STYLES, Food, foods, picture
 from tessella.generate import stream_text
 from tessella.inputs import Picture
@@ -257,7 +258,7 @@ def read_marker(marker: Path) -> dict[str, Any] | None:
 
 
 def write_marker(marker: Path, content: dict[str, Any]) -> None:
-    marker.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_whole(marker, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -170,7 +170,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes + SPARE_BYTES:
         raise CheckpointError(
-            f"{(num_bytes + SPARE_BYTES) / 2**20:,.0f} MiB are needed in {folder}, {free / 2**20:,.0f} MiB are free; "
+            f"{-(-(num_bytes + SPARE_BYTES) // 2**20):,} MiB are needed in {folder}, {free // 2**20:,} MiB are free; "
             "free some, or write to another disk"
         )
 

@@ -232,11 +232,6 @@ def _regrouped(
     return cut_rows(given[0], rows, language, wanted, names[0]) if wanted > 1 else (fuse_rows(given, rows, language),)
 
 
-def split_rows(fused: Tensor, language: LanguageConfig) -> tuple[Tensor, ...]:
-    """wqkv of InternLM2 -> q, k, v."""
-    return cut_rows(fused, "grouped", language)
-
-
 def stored_shapes(group: Group, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors of a file must have, from our parameters' shapes."""
     parts = [shapes[name] for name in group.ours]
