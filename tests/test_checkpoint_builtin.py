@@ -114,7 +114,7 @@ def test_nano_is_an_official_folder_in_bfloat16_with_its_lora_merged(nano: Path,
     loaded = load(nano, dtype="float32", device="cpu")
     prompt = loaded.inputs.build([Message("user", "Hello")])
     assert torch.isfinite(logits_on(loaded.model, [prompt])[0]).all()
-    assert [len(one.tiles) for one in probes(loaded.inputs)] == [0, 1, 3]
+    assert [len(one.tiles) for one in probes(loaded.inputs)] == [0, 1, 3, 2]
 
 
 def test_a_trained_adapters_scale_is_folded_into_b(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Our model against transformers' native InternVL, with tiny random weights in float32."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,7 +104,8 @@ def prompt(*turns: int | str, seed: int = 0) -> ModelInput:
     tiles = sum(t for t in turns if isinstance(t, int))
     pixels = torch.randint(0, 256, (tiles, 3, SIDE, SIDE), dtype=torch.uint8, generator=chance)
     row = torch.tensor(ids)
-    return ModelInput(row, torch.zeros_like(row, dtype=torch.bool), row == SLOT, pixels, (), ())
+    digests = tuple(hashlib.sha256(tile.numpy().tobytes()).hexdigest() for tile in pixels)
+    return ModelInput(row, torch.zeros_like(row, dtype=torch.bool), row == SLOT, pixels, (), digests)
 
 
 PROMPTS = {

@@ -39,6 +39,9 @@ class ModelInput:
     tiles_per_picture: tuple[int, ...]
     digests: tuple[str, ...]  # of each tile's pixels: all slots bear one id, so a cache must tell pictures apart by these
 
+    def __post_init__(self) -> None:
+        assert len(self.digests) == len(self.tiles), "each tile has a digest"
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
