@@ -32,8 +32,9 @@ examples:
 
 Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""
 
-CONVERT = """Any layout into any other, and the proof that nothing changed. What IN is, is recognised:
+CONVERT = """Any layout into any other, and the proof that nothing changed.
 
+What IN is, is recognised:
   official layout     InternVL2's own, which InternVL's code, LMDeploy and vLLM open
   native layout       that of transformers' own InternVL, without remote code
   adapter             PEFT's files, as finetune writes them; it may lie on another adapter
