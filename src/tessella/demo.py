@@ -45,7 +45,7 @@ ANSWER_TOKENS = 24  # 墨西哥玉米煎饼, the longest name, is 19 tokens of S
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo is to do. The defaults fit into six minutes on two CPU cores."""
+    """What the demo is to do. The defaults took 331 s on two CPU cores with AMX, 511 s on two without."""
 
     model: str = "tessella-nano"
     styles: tuple[str, ...] = ()  # to learn from; (): all but test_style
