@@ -66,6 +66,8 @@ def open_log(output: Path, first_step: int, tensorboard: bool = False) -> Log:
 def test_a_log_that_meets_a_full_disk_says_so_once_and_keeps_its_rows(
     tensorboard: bool, tmp_path: Path, small_files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if tensorboard:
+        pytest.importorskip("tensorboard", reason="TensorBoard is in the train extra")
     with pytest.raises(TrainingError, match=r"takes no more of the log \(File too large\); make room, then resume"):  # noqa: SIM117
         with open_log(tmp_path / "run", 0, tensorboard) as log:
             for step in range(500):
