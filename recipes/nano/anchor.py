@@ -10,7 +10,6 @@ N pictures, K = 64 visual tokens of a picture, 4 patches in each, C = 1536 folde
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import pictures
@@ -79,7 +78,7 @@ class Heads(nn.Module):
     def forward(self, tokens: Tensor, some: Seen) -> dict[str, Tensor]:
         """tokens (B, K, D) -> losses by name."""
         read = self.norm(tokens.float())
-        mean, first = read.mean(1), (lambda labels: labels.amax(2).flatten())
+        mean = read.mean(1)
 
         def wrong(logits: Tensor, labels: Tensor) -> Tensor:
             chosen = labels.flatten() >= 0
@@ -87,17 +86,15 @@ class Heads(nn.Module):
                 return logits.sum() * 0
             return F.cross_entropy(logits.flatten(0, -2)[chosen].float(), labels.flatten()[chosen].long(), label_smoothing=0.05)
 
-        of_token: Callable[[nn.Linear, Tensor], Tensor] = lambda head, labels: wrong(head(read), first(labels))  # noqa: E731
-        letters = some.letter[..., None] if some.letter.dim() == 2 else some.letter
         wanted = F.layer_norm(some.features.float(), some.features.shape[-1:])
         return {
             "photo": wrong(self.photo(mean), some.photo),
             "drawn": wrong(self.drawn(mean), some.drawn),
             "count": wrong(self.count(mean), some.count),
-            "drawing": of_token(self.drawing, some.drawing),
-            "colour": of_token(self.colour, some.colour),
-            "shape": of_token(self.shape, some.shape),
-            "letter": wrong(self.letter(read).unflatten(-1, (4, -1)), letters),
+            "drawing": wrong(self.drawing(read), some.drawing.amax(2)),
+            "colour": wrong(self.colour(read), some.colour.amax(2)),
+            "shape": wrong(self.shape(read), some.shape.amax(2)),
+            "letter": wrong(self.letter(read).unflatten(-1, (4, -1)), some.letter),
             "again": 2 * F.smooth_l1_loss(self.again(read).float(), wanted),
         }
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tessella.checkpoint.builtin import ASSETS, base_state, lora_state, nano_config, write_assets, write_nano
+from tessella.checkpoint.adapters import state_of
+from tessella.checkpoint.builtin import ASSETS, adapter_of, base_state, lora_state, nano_config, write_assets, write_nano
+from tessella.checkpoint.lowrank import combined
 from tessella.checkpoint.packing import read_packed, write_packed
 from tessella.checkpoint.read import load
 from tessella.image import TileRule, cut_tiles, normalise, open_image
@@ -63,16 +65,8 @@ def pack(args: argparse.Namespace) -> None:
     part = {p: {n: t for n, t in state.items() if n.startswith(p)} for p in ("vision_model.", "mlp1.")}
     lora = {n: t for n, t in learned.items() if ".lora_" in n}
     if args.lora:
-        lora = stacked(read_packed(Path(args.lora)), lora)
+        lora = state_of(combined(adapter_of(read_packed(Path(args.lora))), adapter_of(lora)))
     print(write_assets(part["vision_model."], part["mlp1."], lora, Path(args.out)))
-
-
-def stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two changes of the same layers as one of the summed rank: B1 A1 + B2 A2 = [B1 B2] [A1; A2], exactly."""
-    joined = {**first, **second}
-    for name in first.keys() & second.keys():
-        joined[name] = torch.cat((first[name], second[name]), 0 if name.endswith("lora_A.weight") else 1)
-    return joined
 
 
 def pack_tower(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ In: the rows of evaluate(), the task, and where the numbers came from.  Out: tex
 
 import base64
 import io
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -95,11 +94,6 @@ def _score_json(score: Score) -> dict[str, Any]:
 
 def _test_json(test: McNemar | None, first: Row) -> dict[str, Any] | None:
     return None if test is None else {"model": first.model, **test._asdict()}
-
-
-def write_json(path: str | Path, rows: Sequence[Row], task: Task, origin: Provenance | None = None) -> None:
-    """as_json into a file. Raises WriteError when it cannot be written."""
-    write_whole(Path(path), json.dumps(as_json(rows, task, origin), ensure_ascii=False, indent=2) + "\n")
 
 
 def write_html(
