@@ -297,12 +297,12 @@ class Kind:
 
 
 KINDS = {
-    "photo": Kind(photo, 0.30, 0.28),
-    "emoji": Kind(emoji, 0.12, 0.12),
-    "word": Kind(word, 0.30, 0.30),
-    "count": Kind(count, 0.09, 0.08),
-    "place": Kind(place, 0.11, 0.11),
+    "photo": Kind(photo, 0.30, 0.23),
+    "emoji": Kind(emoji, 0.12, 0.13),
+    "word": Kind(word, 0.30, 0.34),
+    "count": Kind(count, 0.09, 0.09),
+    "place": Kind(place, 0.11, 0.12),
     "colour": Kind(colour, 0.08, 0.07),
-    "chat": Kind(chat, 0.0, 0.04),
+    "chat": Kind(chat, 0.0, 0.02),
 }
 SKILLS = {"words": word, "counting": count, "relations": place, "colours": colour}  # measured beside the naming of photographs
