@@ -6,13 +6,14 @@ from tessella.config.language import long_attention_factor
 from tessella.config.parts import (
     MODEL_TYPES,
     NATIVE_MODEL_TYPES,
+    ConnectorConfig,
     LanguageConfig,
     Llama3Rope,
     LongRope,
     ModelConfig,
     VisionConfig,
 )
-from tessella.config.read import NATIVE, OFFICIAL, is_native, load_config, model_config
+from tessella.config.read import NATIVE, OFFICIAL, is_native, layout_name, load_config, model_config
 
 __all__ = [
     "MODEL_TYPES",
@@ -22,12 +23,14 @@ __all__ = [
     "NATIVE_TEXT_DEFAULTS",
     "NATIVE_VISION_DEFAULTS",
     "OFFICIAL",
+    "ConnectorConfig",
     "LanguageConfig",
     "Llama3Rope",
     "LongRope",
     "ModelConfig",
     "VisionConfig",
     "is_native",
+    "layout_name",
     "load_config",
     "long_attention_factor",
     "model_config",

@@ -47,8 +47,10 @@ def _refuse_unknown_arithmetic(raw: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f'{where}.hidden_act is "{activation}", must be "silu"')
     if raw.get("mlp_bias"):
         raise ConfigError(f"{where}.mlp_bias is true, must be false")
-    # Phi-3 has a window but no switch for it; Qwen's switch is off unless said. Wider than a prompt, a window does nothing.
-    window, switched_on = raw.get("sliding_window"), raw.get("use_sliding_window", raw.get("model_type") == "phi3")
+    # Phi-3 and Mistral have a window but no switch for it; Qwen's switch is off unless said. Wider than a prompt, a window
+    # does nothing.
+    always_on = raw.get("model_type") in ("phi3", "mistral")
+    window, switched_on = raw.get("sliding_window"), raw.get("use_sliding_window", always_on)
     if switched_on and window is not None and window < CONTEXT_TOKENS:
         raise ConfigError(f"{where}.sliding_window is {window}; windows under {CONTEXT_TOKENS:,} tokens are not known")
     turned = (raw.get("rope_parameters") or {}).get("partial_rotary_factor", raw.get("partial_rotary_factor"))

@@ -14,15 +14,25 @@ MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
+    "MistralForCausalLM": "mistral",
 }
 # InternLM2 is Llama by its arithmetic, and transformers knows only the latter.
 NATIVE_MODEL_TYPES = {**MODEL_TYPES, "InternLM2ForCausalLM": "llama"}
 CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus answer
 
 
+# Families of models: InternVL and its relatives. Each but the first has one layout of files.
+FAMILIES = ("internvl", "llava", "llava_next")
+TILE_RULES = ("closest", "anyres", "pad")  # see image.py
+CONNECTORS = ("pixel_shuffle", "linear", "mlp", "pool", "concat")  # see model/connectors.py
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT. Sizes are counts; norm is "layer_norm" or "rms_norm"."""
+    """A plain vision transformer: InternViT as the defaults say, CLIP's by its flags.
+
+    Sizes are counts; norm is "layer_norm" or "rms_norm".
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -35,9 +45,19 @@ class VisionConfig:
     qkv_bias: bool = True
     qk_norm: bool = False  # RMSNorm over the whole width of q and of k, before the heads are split
     layer_scale_init: float = 1.0
+    layer_scale: bool = True  # a learned scale of what each half of a layer adds
+    pre_norm: bool = False  # a norm between the embeddings and the first layer
+    post_norm: str = "none"  # a norm behind the last layer: "none", "unused" (stored, not applied), "used"
+    activation: str = "gelu"  # or "quick_gelu": x * sigmoid(1.702 x)
+    patch_bias: bool = True
+    flat_tables: bool = False  # class token (C,) and positions (P * P + 1, C), not with the axes of length 1 in front
+    keep_class_token: bool = False  # among the features, then in front of the patches
+    statistics: str = "imagenet"  # by which pixels are normalised: a name in image.STATISTICS
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.activation not in ("gelu", "quick_gelu"):
+            raise ConfigError(f'vision_config.hidden_act is "{self.activation}", must be "gelu" or "quick_gelu"')
         if self.norm not in ("layer_norm", "rms_norm"):
             raise ConfigError(f'vision_config.norm_type is "{self.norm}", must be "layer_norm" or "rms_norm"')
         if self.hidden_size % self.num_heads:
@@ -110,8 +130,24 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class ConnectorConfig:
+    """How a tower's features become tokens for the slots."""
+
+    kind: str = "pixel_shuffle"  # a name in CONNECTORS
+    bias: bool = True  # of the linear layers
+    factor: int = 2  # side of the square of patches that "pool" averages; "concat" joins factor**2 neighbours of a row
+    newline: bool = False  # a learned token behind each row of a picture's patches, for the tile rule "anyres"
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONNECTORS:
+            raise ConfigError(f'the connector is a "{self.kind}"; known are {", ".join(CONNECTORS)}')
+        if self.factor < 1:
+            raise ConfigError(f"the connector's factor is {self.factor}, must be at least 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole InternVL model: tower, connector, language model, tile rule and prompt family."""
+    """A whole model: tower, connector, language model, tile rule and prompt family."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -124,6 +160,10 @@ class ModelConfig:
     max_tiles: int = 12
     use_thumbnail: bool = True
     context_tokens: int = 8192  # prompt plus answer
+    family: str = "internvl"  # one of FAMILIES
+    connector: ConnectorConfig = ConnectorConfig()
+    tile_rule: str = "closest"  # one of TILE_RULES
+    grids: tuple[tuple[int, int], ...] = ()  # (columns, rows) that "anyres" chooses from, in the order in which ties fall
 
     def __post_init__(self) -> None:
         if self.pixel_shuffle_version not in ("v1", "v2"):
@@ -132,17 +172,34 @@ class ModelConfig:
             raise ConfigError(f"downsample_ratio is {self.downsample_ratio}, we can run 0.5")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ConfigError(f"tiles run from {self.min_tiles} to {self.max_tiles}; must be 1 <= min <= max")
-        if self.tile_size_px % (2 * self.vision.patch_size_px):
+        fold = self.vision.patch_size_px * self._fold
+        if self.tile_size_px % fold:
             raise ConfigError(
-                f"tile size {self.tile_size_px} px must be a multiple of twice the patch size {self.vision.patch_size_px} px"
+                f"tile size {self.tile_size_px} px must be a multiple of {self._fold} patches of {self.vision.patch_size_px} px"
             )
+        if self.tile_rule not in TILE_RULES:
+            raise ConfigError(f'the tile rule is "{self.tile_rule}"; known are {", ".join(TILE_RULES)}')
+        if (self.tile_rule == "anyres") != bool(self.grids):
+            raise ConfigError(f'the tile rule "{self.tile_rule}" has {len(self.grids)} grids; "anyres" needs some, others none')
         if not -self.vision.num_layers - 1 <= self.select_layer <= self.vision.num_layers:
             raise ConfigError(f"select_layer is {self.select_layer}, but the tower has {self.vision.num_layers} layers")
 
     @property
+    def patches_per_side(self) -> int:
+        """Patches of a tile side by side."""
+        return self.tile_size_px // self.vision.patch_size_px
+
+    @property
     def slots_per_tile(self) -> int:
-        """Visual tokens of one tile: (tile / patch / 2) squared; 256 at 448 px, 64 at 224 px."""
-        return (self.tile_size_px // self.vision.patch_size_px // 2) ** 2
+        """Visual tokens of one tile. InternVL: (tile / patch / 2) squared; 256 at 448 px, 64 at 224 px."""
+        if self.connector.kind == "concat":
+            return self.patches_per_side**2 // self.connector.factor**2
+        return (self.patches_per_side // self._fold) ** 2
+
+    @property
+    def _fold(self) -> int:
+        """By how many patches a side of the map must divide."""
+        return {"pixel_shuffle": 2, "pool": self.connector.factor, "concat": self.connector.factor}.get(self.connector.kind, 1)
 
 
 def _check_sizes(part: VisionConfig | LanguageConfig) -> None:
