@@ -14,7 +14,7 @@ from torch import nn
 from tiny import tiny_tokenizer
 
 SIDE, PATCH = 56, 14
-NAMES = ("llava", "llava next vicuna", "llava next mistral")
+NAMES = ("llava", "llava next vicuna", "llava next mistral", "blip2")
 # (height, width) in px; tiles of 56 px
 POINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56], [56, 224], [224, 56]]
 
@@ -55,20 +55,29 @@ def model_of(name: str, vocabulary: int, image_token: int) -> Any:
     mistral = name.endswith("mistral")
     text = t.MistralConfig(**size, sliding_window=None) if mistral else t.LlamaConfig(**size)
     parts = {"vision_config": vision, "text_config": text, "image_token_index": image_token}
-    if name == "llava":
+    if name == "blip2":
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        tower = t.Blip2VisionConfig(**shape, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
+        former = t.Blip2QFormerConfig(**shape | {"hidden_size": 24}, num_hidden_layers=3, encoder_hidden_size=32)
+        parts |= {"vision_config": tower, "qformer_config": former, "num_query_tokens": 5}
+        model = t.Blip2ForConditionalGeneration(t.Blip2Config(**parts))
+    elif name == "llava":
         model = t.LlavaForConditionalGeneration(t.LlavaConfig(**parts, image_seq_length=(SIDE // PATCH) ** 2))
     else:
         model = t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(**parts, image_grid_pinpoints=POINTS))
     model = model.eval()
-    spread(model)
+    spread(model, seed=len(name))
     return model
 
 
 def processor_of(name: str) -> Any:
     """transformers' processor of pictures; LLaVA-1.5's told to pad, as the model was trained."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+    if name == "blip2":
+        return BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     if name == "llava":
         return LlavaImageProcessorPil(**sides, do_pad=True)

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-NeXT against transformers' own classes and processors: pixels, slots, logits, greedy ids, both ways."""
+"""LLaVA-1.5, LLaVA-NeXT, and BLIP-2 with a Llama, against transformers: pixels, slots, logits, greedy ids, both ways."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_pixels_and_slots_equal_transformers_processor(pair: tuple[str, Loaded, 
         pixels = given["pixel_values"].flatten(0, -4)
         assert (normalise(one.tiles, torch.float32, "clip") - pixels).abs().max() < 1e-5, size
         assert int(one.slots.sum()) == ours.inputs.slots_of(*size)
-        if name != "llava":
+        if "next" in name:
             from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
             counter = LlavaNextProcessor.__new__(LlavaNextProcessor)  # its arithmetic alone, without a tokenizer
@@ -113,7 +113,7 @@ def test_fewer_tiles_are_honoured(pair: tuple[str, Loaded, Any]) -> None:
     name, ours, _ = pair
     for most in (1, 2, 4):
         one = ask(ours, (300, 290), max_tiles=most)
-        expected = 1 if name == "llava" or most == 1 else most + 1
+        expected = most + 1 if "next" in name and most > 1 else 1
         assert len(one.tiles) == expected
         assert torch.isfinite(all_logits(ours.model, one)).all()
 
@@ -126,7 +126,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_folder_is_written_back_and_read_by_transformers_alike(pair: tuple[str, Loaded, Any], tmp_path: Path) -> None:
-    _, ours, theirs = pair
+    name, ours, theirs = pair
     done = convert(ours.folder, tmp_path / "back", Wish(to="native"))
     assert done.proof.holds and done.proof.logits is None
     again, found = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -136,7 +136,8 @@ def test_a_folder_is_written_back_and_read_by_transformers_alike(pair: tuple[str
     assert one.proof.holds
     was, now = tensors(tmp_path / "back"), tensors(tmp_path / "again")
     assert was.keys() == now.keys() and all(torch.equal(was[key], now[key]) for key in was)
-    assert "vision_tower.vision_model.pre_layrnorm.weight" in was  # the form of the published folders
+    if name != "blip2":
+        assert "vision_tower.vision_model.pre_layrnorm.weight" in was  # the form of the published folders
     for file in ("preprocessor_config.json", "tokenizer.json", "config.json"):
         assert json.loads((tmp_path / "again" / file).read_text()) == json.loads((tmp_path / "back" / file).read_text())
 
@@ -192,7 +193,6 @@ def test_the_official_layout_is_refused_with_the_reason(pair: tuple[str, Loaded,
 
 
 def test_each_command_works(pair: tuple[str, Loaded, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
     folder = str(pair[1].folder)
     for kind, size in (("lime", (120, 60)), ("tomato", (60, 130))):
         (tmp_path / "photos" / kind).mkdir(parents=True)
@@ -205,11 +205,14 @@ def test_each_command_works(pair: tuple[str, Loaded, Any], tmp_path: Path, capsy
     assert cli.main(looked) == 0
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["visual_tokens"] == pair[1].inputs.slots_of(120, 60)
+    if pair[0] != NAMES[-1]:  # the rest takes its time, and was run once for each of them
+        return
+    pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
     run = ["finetune", "--model", folder, "--data", str(tmp_path / "photos"), "--output", str(tmp_path / "run")]
-    speed = ["--epochs", "4", "--samples-per-step", "3", "--no-tensorboard", "--device", "cpu", "--held-out", "0.34"]
+    run += ["--epochs", "1", "--lora-rank", "2", "--samples-per-step", "3", "--no-tensorboard", "--device", "cpu"]
+    speed = ["--held-out", "0.34"]
     assert cli.main([*run, *speed, "--json", str(tmp_path / "run.json")]) == 0
-    losses = json.loads((tmp_path / "run.json").read_text())
-    assert losses["finished"]
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "mine"), "--to", "native"]) == 0
     scored = ["evaluate", folder, str(tmp_path / "mine"), "--recipe", str(tmp_path / "run" / "recipe.toml")]
     assert cli.main([*scored, "--output", str(tmp_path / "scores"), "--device", "cpu"]) == 0

@@ -3,7 +3,8 @@
 In: messages of system, user and assistant.  Out: pieces of text, control tokens and picture marks, in order.
 Text and control tokens stay apart from here on: what a person typed can never become a control token.
 Source: conversation.py of OpenGVLab/InternVL at 2410d1d; ChatML of SmolLM2-135M-Instruct for the built-in model;
-conversation.py of haotian-liu/LLaVA at c121f04 (vicuna_v1), and the chat template of llava-hf/llava-v1.6-mistral-7b-hf.
+conversation.py of haotian-liu/LLaVA at c121f04 (vicuna_v1), the chat template of llava-hf/llava-v1.6-mistral-7b-hf, and
+conversation.py of Vision-CAIR/MiniGPT-4 at d94738a.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,13 +45,14 @@ class Template:
     add_bos: bool = False  # begin with the tokenizer's bos, if the tokenizer is one that adds it
     start: str = "<|im_start|>"  # "" where each role has a control token of its own
     end: str = "<|im_end|>"  # ends a turn; with plain texts only an assistant's
-    # (text that opens a turn, text that ends it), by role, where no control tokens do. What opens an answer ends without a
-    # space: the tokenizers of these families put one before the first word of each stretch of text.
+    # (text that opens a turn, text that ends it), by role, where no control tokens do; an answer may end in a text, too.
+    # These families' tokenizers put a space before the first word of each stretch of text, so LLaVA's answers need none.
     plain: Mapping[str, tuple[str, str]] | None = None
     # Control tokens of a picture: in front of its slots and behind them, "" for none, and the token that bears the slots.
     image_start: str = "<img>"
     image_end: str = "</img>"
     slot: str = "<IMG_CONTEXT>"
+    frame: tuple[str, str] = ("", "")  # plain texts around a picture
 
     def head(self, role: str) -> tuple[str, str]:
         """(control token, text) that open a turn of that role; no control token where plain texts do."""
@@ -60,7 +62,7 @@ class Template:
 
     def tail(self, role: str) -> tuple[str, str]:
         """(control token, text) that end a turn of that role."""
-        if self.plain is not None and role != "assistant":
+        if self.plain is not None and (role != "assistant" or self.plain[role][1]):
             return "", self.plain[role][1]
         return self.end, self.after_end
 
@@ -115,6 +117,21 @@ TEMPLATES = {
             "",
             plain={"system": ("<<SYS>>\n", "\n<</SYS>>\n\n"), "user": ("[INST] ", " [/INST]"), "assistant": ("", "")},
             **_LLAVA,
+        ),
+        # MiniGPT-4 with Vicuna. It ends a turn with "###", which its tokenizer has as one piece behind a space and begins with
+        # "##" elsewhere.
+        Template(
+            "minigpt4",
+            "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+            "Please answer my questions.",
+            stop=("</s>", "\u2581###", "###", "##"),
+            add_bos=True,
+            end="</s>",
+            plain={"system": ("", "###"), "user": ("Human: ", "###"), "assistant": ("Assistant: ", "###")},
+            image_start="",
+            image_end="",
+            slot="<image>",
+            frame=("<Img>", "</Img>"),
         ),
     )
 }
@@ -217,7 +234,7 @@ def _marks(control: str, text: str, learn: bool = False) -> Iterator[Piece]:
     if control:
         yield Piece(control, "control", learn)
     if text:
-        yield Piece(text, "text")
+        yield Piece(text, "text", learn and not control)
 
 
 def _turn(turn: Message, template: Template) -> Iterator[Piece]:
@@ -226,7 +243,10 @@ def _turn(turn: Message, template: Template) -> Iterator[Piece]:
     if turn.role == "user":
         for index, text in enumerate(turn.text.split(IMAGE_MARK)):
             if index:
+                before, behind = template.frame
+                yield from _marks("", before)
                 yield Piece(IMAGE_MARK, "image")
+                yield from _marks("", behind)
             if text:
                 yield Piece(text, "text")
     elif turn.text:

@@ -47,7 +47,7 @@ UNCUT = Grid(0, 0)
 
 def roomiest_grid(size: Size, grids: Iterable[Grid], side_px: int) -> Grid:
     """The grid in which most of the picture's pixels are kept; of several such the one with the least waste, then the first."""
-    best, best_kept, best_waste = UNCUT, 0, 0
+    best, best_kept, best_waste = UNCUT, 0, math.inf
     for grid in grids:
         width, height = grid.columns * side_px, grid.rows * side_px
         scale = min(width / size.width_px, height / size.height_px)

@@ -63,8 +63,8 @@ _BOMB_LOCK = threading.Lock()
 class TileRule:
     """How a picture may be cut; thumbnail adds the whole picture as a last tile when there is more than one.
 
-    kind: "closest" is InternVL's; "pad" makes one square tile; "anyres" chooses from grids of at most max_tiles, pads with
-    black, and puts the whole picture first.
+    kind: "closest" is InternVL's; "stretch" and "pad" make one tile, as it comes or with its own aspect on a square; "anyres"
+    chooses from grids of at most max_tiles, pads with black, and puts the whole picture first.
     """
 
     size_px: int = 448
@@ -127,7 +127,7 @@ def choose_grid(width_px: int, height_px: int, rule: TileRule) -> Grid:
     """
     aspect = width_px / height_px
     area_px = width_px * height_px
-    if rule.kind == "pad":
+    if rule.kind in ("pad", "stretch"):
         return Grid(1, 1)
     if rule.kind == "anyres":
         return roomiest_grid(Size(width_px, height_px), _allowed(rule), rule.size_px)
@@ -182,8 +182,8 @@ def cut_tiles(image: Image.Image, rule: TileRule) -> Tiles:
 
 
 def _laid(image: Image.Image, rule: TileRule, room: Size) -> Image.Image:
-    """The picture as large as its grid: stretched ("closest"), or with its own aspect on a ground."""
-    if rule.kind == "closest":
+    """The picture as large as its grid: stretched, or with its own aspect on a ground."""
+    if rule.kind in ("closest", "stretch"):
         return image.resize(room, Image.Resampling.BICUBIC)  # aspect not kept, as trained
     if rule.kind == "pad":  # first padded with the mean colour, then made smaller
         ground = tuple(int(255 * mean) for mean in CLIP_MEAN)

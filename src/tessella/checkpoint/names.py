@@ -18,10 +18,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tessella.checkpoint.relative_names import BLIP2, CLIP, LLAVA
 from tessella.config import LanguageConfig, ModelConfig
 from tessella.errors import CheckpointError
 
-Layout = Literal["official", "native", "llava", "llava_next"]  # transformers has one layout for each of the relatives
+Layout = Literal["official", "native", "llava", "llava_next", "blip2"]  # transformers has a layout for each of the relatives
 Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see cut_rows)
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -97,31 +98,11 @@ _NATIVE = (
         }
     ),
 )
-_CLIP = "vision_tower.vision_model.encoder.layers.#."
-_LLAVA = (
-    Group((f"{_TOWER}attn.qkv",), tuple(f"{_CLIP}self_attn.{part}_proj" for part in "qkv")),
-    *_renamed(
-        {
-            "vision_model.embeddings.class_embedding": "vision_tower.vision_model.embeddings.class_embedding",
-            "vision_model.embeddings.position_embedding": "vision_tower.vision_model.embeddings.position_embedding.weight",
-            "vision_model.embeddings.patch_embedding": "vision_tower.vision_model.embeddings.patch_embedding",
-            "vision_model.pre_norm": "vision_tower.vision_model.pre_layrnorm",
-            "vision_model.post_norm": "vision_tower.vision_model.post_layernorm",
-            f"{_TOWER}attn.proj": f"{_CLIP}self_attn.out_proj",
-            f"{_TOWER}mlp.fc1": f"{_CLIP}mlp.fc1",
-            f"{_TOWER}mlp.fc2": f"{_CLIP}mlp.fc2",
-            f"{_TOWER}norm1": f"{_CLIP}layer_norm1",
-            f"{_TOWER}norm2": f"{_CLIP}layer_norm2",
-            "mlp1.0": "multi_modal_projector.linear_1",
-            "mlp1.2": "multi_modal_projector.linear_2",
-            "mlp1.image_newline": "image_newline",
-        }
-    ),
-)
+_LLAVA = (Group((f"{_TOWER}attn.qkv",), tuple(f"{CLIP}self_attn.{part}_proj" for part in "qkv")), *_renamed(LLAVA))
 # What is not in a layout's table has one name on both sides. InternLM2 has its own words in the official layout alone.
 _OFFICIAL = {"InternLM2ForCausalLM": _INTERNLM2, "Phi3ForCausalLM": _PHI3}
 _NATIVE_LANGUAGE = {"Phi3ForCausalLM": _PHI3}
-_TABLES = {"native": _NATIVE, "llava": _LLAVA, "llava_next": _LLAVA}
+_TABLES = {"native": _NATIVE, "llava": _LLAVA, "llava_next": _LLAVA, "blip2": _renamed(BLIP2)}
 
 # transformers calls its modules so in memory, and so do adapters; its save_pretrained writes the second form into files.
 _IN_MEMORY = (
@@ -186,7 +167,7 @@ def as_in_files(native: str, layout: Layout = "native") -> str:
 
 def as_in_memory(native: str, layout: Layout = "native") -> str:
     """A native name as transformers calls the module in memory; adapters for native models use these."""
-    return _with_prefix(native, [(file, memory) for memory, file in _MEMORY_FORMS[layout]])
+    return _with_prefix(native, [(file, memory) for memory, file in _MEMORY_FORMS.get(layout, ())])
 
 
 def is_computed(stored: str) -> bool:

@@ -11,6 +11,7 @@ from tessella.config.parts import (
     Llama3Rope,
     LongRope,
     ModelConfig,
+    QFormerConfig,
     VisionConfig,
 )
 from tessella.config.read import NATIVE, OFFICIAL, is_native, layout_name, load_config, model_config
@@ -28,6 +29,7 @@ __all__ = [
     "Llama3Rope",
     "LongRope",
     "ModelConfig",
+    "QFormerConfig",
     "VisionConfig",
     "is_native",
     "layout_name",

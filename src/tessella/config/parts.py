@@ -22,9 +22,9 @@ CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus ans
 
 
 # Families of models: InternVL and its relatives. Each but the first has one layout of files.
-FAMILIES = ("internvl", "llava", "llava_next")
-TILE_RULES = ("closest", "anyres", "pad")  # see image.py
-CONNECTORS = ("pixel_shuffle", "linear", "mlp", "pool", "concat")  # see model/connectors.py
+FAMILIES = ("internvl", "llava", "llava_next", "blip2")
+TILE_RULES = ("closest", "anyres", "pad", "stretch")  # see image.py
+CONNECTORS = ("pixel_shuffle", "linear", "mlp", "pool", "concat", "qformer")  # see model/connectors.py
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,28 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class QFormerConfig:
+    """A Q-Former; the numbers of BLIP-2's are those of BERT-base."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_width: int  # of the features that its queries look at
+    num_queries: int = 32
+    cross_every: int = 2  # layers from one look at the picture to the next; the first one looks
+    norm_eps: float = 1e-12
+    text: bool = False  # whether it has a half for a text beside the queries
+    vocab_size: int = 30522  # of that text
+    max_positions: int = 512
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"Q-Former width {self.hidden_size} does not split into {self.num_heads} heads")
+
+
+@dataclass(frozen=True)
 class ConnectorConfig:
     """How a tower's features become tokens for the slots."""
 
@@ -137,12 +159,15 @@ class ConnectorConfig:
     bias: bool = True  # of the linear layers
     factor: int = 2  # side of the square of patches that "pool" averages; "concat" joins factor**2 neighbours of a row
     newline: bool = False  # a learned token behind each row of a picture's patches, for the tile rule "anyres"
+    qformer: QFormerConfig | None = None  # for "qformer"
 
     def __post_init__(self) -> None:
         if self.kind not in CONNECTORS:
             raise ConfigError(f'the connector is a "{self.kind}"; known are {", ".join(CONNECTORS)}')
         if self.factor < 1:
             raise ConfigError(f"the connector's factor is {self.factor}, must be at least 1")
+        if (self.kind == "qformer") != (self.qformer is not None):
+            raise ConfigError(f'the connector is a "{self.kind}" {"with" if self.qformer else "without"} the sizes of a Q-Former')
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,15 @@ class ModelConfig:
             raise ConfigError(f'ps_version is "{self.pixel_shuffle_version}", must be "v1" or "v2"')
         if self.downsample_ratio != 0.5:
             raise ConfigError(f"downsample_ratio is {self.downsample_ratio}, we can run 0.5")
+        qformer = self.connector.qformer
+        if qformer is not None and qformer.image_width != self.vision.hidden_size:
+            raise ConfigError(
+                f"the Q-Former looks at features {qformer.image_width} wide, but the tower's are {self.vision.hidden_size} wide"
+            )
+        if self.vision.keep_class_token and qformer is None:
+            raise ConfigError(
+                f'the connector "{self.connector.kind}" needs a map of patches, and the tower keeps its class token'
+            )
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ConfigError(f"tiles run from {self.min_tiles} to {self.max_tiles}; must be 1 <= min <= max")
         fold = self.vision.patch_size_px * self._fold
@@ -192,6 +226,8 @@ class ModelConfig:
     @property
     def slots_per_tile(self) -> int:
         """Visual tokens of one tile. InternVL: (tile / patch / 2) squared; 256 at 448 px, 64 at 224 px."""
+        if self.connector.qformer is not None:
+            return self.connector.qformer.num_queries
         if self.connector.kind == "concat":
             return self.patches_per_side**2 // self.connector.factor**2
         return (self.patches_per_side // self._fold) ** 2
@@ -202,7 +238,7 @@ class ModelConfig:
         return {"pixel_shuffle": 2, "pool": self.connector.factor, "concat": self.connector.factor}.get(self.connector.kind, 1)
 
 
-def _check_sizes(part: VisionConfig | LanguageConfig) -> None:
+def _check_sizes(part: VisionConfig | LanguageConfig | QFormerConfig) -> None:
     """Every whole number of a part counts something. Raises ConfigError naming one below 1."""
     for field in fields(part):
         value = getattr(part, field.name)

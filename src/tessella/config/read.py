@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tessella.config.blip2 import ARCHITECTURE as BLIP2
+from tessella.config.blip2 import blip2
 from tessella.config.fields import read_config_json
 from tessella.config.internvl import native, official
 from tessella.config.llava import ARCHITECTURES as LLAVA
@@ -25,7 +27,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def layout_name(raw: Mapping[str, Any]) -> str:
-    """Which layout a config.json is of: "official", "native", or a relative's ("llava", "llava_next"). Raises ConfigError."""
+    """Which layout a config.json is of: "official", "native", or a relative's, as "llava". Raises ConfigError."""
     architectures = raw.get("architectures") or []
     found = next((READERS[name][0] for name in architectures if name in READERS), None)
     if found is None:
@@ -52,4 +54,5 @@ READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
     OFFICIAL: ("official", official),
     NATIVE: ("native", native),
     **{name: (family, partial(llava, family=family)) for name, family in LLAVA.items()},
+    BLIP2: ("blip2", blip2),
 }

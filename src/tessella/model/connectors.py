@@ -1,6 +1,7 @@
 """Patch features become visual tokens: the one seam between a tower and a language model.
 
-In: features (N, P, P, C) of N tiles.  Out: (N, slots, D), ready for the slots of the prompt; config.slots_per_tile counts them.
+In: features (N, P, P, C) of N tiles, or (N, 1 + P * P, C) with the class token, which a Q-Former takes.
+Out: (N, slots, D), ready for the slots of the prompt; config.slots_per_tile counts them.
 N tiles, P patches a side, C vision width, D language width, S visual tokens of all pictures.
 A connector folds the map of patches, or leaves it, and then runs its layers, which are one nn.Sequential: the numbers of the
 layers are the names in the checkpoint. A new kind is a line in CONNECTORS.
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessella.config import ModelConfig
+from tessella.config import ConnectorConfig, ModelConfig
 from tessella.geometry import Window
+from tessella.model.qformer import Queries
 
 
 def pixel_shuffle(x: Tensor, factor: int = 2, version: str = "v2") -> Tensor:
@@ -47,33 +49,44 @@ def average(x: Tensor, factor: int) -> Tensor:
     return F.avg_pool2d(x.permute(0, 3, 1, 2), factor).flatten(2).transpose(1, 2)
 
 
-def one_layer(width: int, out: int, bias: bool) -> list[nn.Module]:
-    return [nn.Linear(width, out, bias=bias)]
+def in_line(x: Tensor) -> Tensor:
+    """The patches one after another. x (N, P, P, C) -> (N, P * P, C); what lies in line already stays as it is."""
+    return x.flatten(1, -2)
 
 
-def two_layers(width: int, out: int, bias: bool) -> list[nn.Module]:
-    return [nn.Linear(width, out, bias=bias), nn.GELU(), nn.Linear(out, out, bias=bias)]
+def one_layer(config: ConnectorConfig, width: int, out: int) -> list[nn.Module]:
+    return [nn.Linear(width, out, bias=config.bias)]
 
 
-def normed_layers(width: int, out: int, bias: bool) -> list[nn.Module]:
-    return [nn.LayerNorm(width), *two_layers(width, out, bias)]
+def two_layers(config: ConnectorConfig, width: int, out: int) -> list[nn.Module]:
+    return [nn.Linear(width, out, bias=config.bias), nn.GELU(), nn.Linear(out, out, bias=config.bias)]
+
+
+def normed_layers(config: ConnectorConfig, width: int, out: int) -> list[nn.Module]:
+    return [nn.LayerNorm(width), *two_layers(config, width, out)]
+
+
+def query_layers(config: ConnectorConfig, width: int, out: int) -> list[nn.Module]:
+    assert config.qformer is not None, "the config says so"
+    return [Queries(config.qformer), nn.Linear(config.qformer.hidden_size, out, bias=config.bias)]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """fold: features (N, P, P, C) -> (N, slots, C'); deepened: C' is C times factor**2; layers: C' -> D."""
+    """fold: features (N, P, P, C) -> (N, …, C'); deepened: C' is C times factor**2; layers: of width C' -> (N, slots, D)."""
 
     fold: Callable[[Tensor, ModelConfig], Tensor]
     deepened: bool
-    layers: Callable[[int, int, bool], list[nn.Module]]
+    layers: Callable[[ConnectorConfig, int, int], list[nn.Module]]
 
 
 CONNECTORS = {
     "pixel_shuffle": Kind(lambda x, config: pixel_shuffle(x, version=config.pixel_shuffle_version), True, normed_layers),
-    "linear": Kind(lambda x, config: x.flatten(1, 2), False, one_layer),
-    "mlp": Kind(lambda x, config: x.flatten(1, 2), False, two_layers),
+    "linear": Kind(lambda x, _: in_line(x), False, one_layer),
+    "mlp": Kind(lambda x, _: in_line(x), False, two_layers),
     "pool": Kind(lambda x, config: average(x, config.connector.factor), False, two_layers),
     "concat": Kind(lambda x, config: concatenate(x, config.connector.factor**2), True, one_layer),
+    "qformer": Kind(lambda x, _: in_line(x), False, query_layers),
 }
 
 
@@ -85,7 +98,7 @@ class Connector(nn.Sequential):
         width, out = config.vision.hidden_size, config.language.hidden_size
         if kind.deepened:
             width *= config.connector.factor**2
-        super().__init__(*kind.layers(width, out, config.connector.bias))
+        super().__init__(*kind.layers(config.connector, width, out))
         self.config, self.fold = config, kind.fold
         self.image_newline = nn.Parameter(torch.randn(out) / out**0.5) if config.connector.newline else None
 

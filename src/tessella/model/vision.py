@@ -41,10 +41,10 @@ class Embeddings(nn.Module):
         return tokens + self.positions(height, width).to(tokens.dtype)
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The position table (1, 1 + height * width, C), resized in float32 when the grid is not the trained one."""
-        whole = self.position_embedding.view(1, self.grid**2 + 1, -1)
+        """The position table ((1,) 1 + height * width, C), resized in float32 when the grid is not the trained one."""
         if (height, width) == (self.grid, self.grid):
-            return whole
+            return self.position_embedding  # no view of it: the gradient of one tile would share its memory with another's
+        whole = self.position_embedding.reshape(1, self.grid**2 + 1, -1)
         first, table = whole[:, :1], whole[:, 1:]
         table = table.float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
