@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tessella.config import QFormerConfig
 
+SPREAD = 0.02  # of weights that nobody has taught yet
 Sight = Literal["apart", "together", "generate"]
 
 
@@ -119,13 +120,24 @@ class QFormer(nn.Module):
         return x
 
 
+def begin_small(module: nn.Module) -> None:
+    """Weights as BERT's begin: normal with a spread of 0.02, biases zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=SPREAD)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+
+
 class Queries(nn.Module):
     """The learned queries and the Q-Former that they read a picture with; the first layer of a connector."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
-        self.query_tokens = nn.Parameter(torch.randn(1, config.num_queries, config.hidden_size) * 0.02)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
         self.former = QFormer(config)
+        nn.init.normal_(self.query_tokens, std=SPREAD)
+        begin_small(self)
 
     def forward(self, image: Tensor) -> Tensor:
         """Features (N, P, Cv) -> (N, Q, C)."""
