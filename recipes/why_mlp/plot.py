@@ -46,10 +46,10 @@ def table(lines: Lines) -> str:
         accuracy, loss, seconds = (
             np.array([end[key] for end in ends]) for key in ("held_out_accuracy", "held_out_loss", "seconds")
         )
-        rows.append(
-            f"| {name} | {ends[0]['parameters'] / 1e6:.1f} M | {ends[0]['visual_tokens']} | {accuracy.mean():.1%} ± {accuracy.std():.1%} "
-            f"| {loss.mean():.3f} ± {loss.std():.3f} | {seconds.mean():.0f} | {np.mean([end['first_token_ms'] for end in ends]):.0f} ms |"
-        )
+        first = np.mean([end["first_token_ms"] for end in ends])
+        told = [name, f"{ends[0]['parameters'] / 1e6:.1f} M", str(ends[0]["visual_tokens"])]
+        told += [f"{accuracy.mean():.1%} ± {accuracy.std():.1%}", f"{loss.mean():.3f} ± {loss.std():.3f}"]
+        rows.append(f"| {' | '.join([*told, f'{seconds.mean():.0f}', f'{first:.0f} ms'])} |")
     return "\n".join(rows)
 
 

@@ -6,11 +6,20 @@ configuration_internvl.py of huggingface/transformers at 5.23.
 
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from tessella.config.fields import need, section
 from tessella.config.language import language_config
-from tessella.config.parts import CONTEXT_TOKENS, MODEL_TYPES, NATIVE_MODEL_TYPES, ModelConfig, VisionConfig
+from tessella.config.parts import (
+    CONTEXT_TOKENS,
+    MODEL_TYPES,
+    NATIVE_MODEL_TYPES,
+    ConnectorConfig,
+    ModelConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from tessella.errors import ConfigError
 
 
@@ -35,7 +44,33 @@ def official(raw: Mapping[str, Any]) -> ModelConfig:
         max_tiles=int(raw.get("max_dynamic_patch", 12)) if dynamic else 1,
         use_thumbnail=bool(raw.get("use_thumbnail", True)),
         context_tokens=min(CONTEXT_TOKENS, language.max_positions),
+        connector=named_connector((raw.get("tessella") or {}).get("connector")),
     )
+
+
+def named_connector(raw: Mapping[str, Any] | None) -> ConnectorConfig:
+    """Our own section's word for a connector that is not InternVL's; None is InternVL's. Raises ConfigError."""
+    where, qformer = "tessella.connector", None
+    if raw is None:
+        return ConnectorConfig()
+    if raw.get("qformer") is not None:
+        qformer = QFormerConfig(**_known(QFormerConfig, raw["qformer"], f"{where}.qformer"))
+    return ConnectorConfig(**{**_known(ConnectorConfig, raw, where), "qformer": qformer})
+
+
+def _known(kind: type[ConnectorConfig] | type[QFormerConfig], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a section. Raises ConfigError for one that is unknown, missing, or of another type."""
+    known = {field.name: field for field in fields(kind)}
+    unknown = [name for name in raw if name not in known]
+    if unknown:
+        raise ConfigError(f"{where} has {', '.join(unknown)}; known are {', '.join(known)}")
+    for name, field in known.items():
+        if field.default is MISSING:
+            need(raw, name, where)
+        wanted = {int: int, bool: bool, str: str, float: float}.get(field.type)  # type: ignore[arg-type]
+        if name in raw and wanted is not None and type(raw[name]) is not wanted:
+            raise ConfigError(f"{where}.{name} is {raw[name]!r}, must be of type {wanted.__name__}")
+    return dict(raw)
 
 
 def native(raw: Mapping[str, Any]) -> ModelConfig:
