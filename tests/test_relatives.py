@@ -14,11 +14,12 @@ from relatives import PATCH as PATCH_PX
 from tessella import cli
 from tessella.chat import Message, place_marks, render, template_named, text_of
 from tessella.checkpoint.adapters import AdapterSettings, save_adapter
+from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.proof import prove
 from tessella.checkpoint.read import Loaded, load, load_model
 from tessella.checkpoint.source import open_source
-from tessella.config import load_config
+from tessella.config import load_config, model_config
 from tessella.errors import CheckpointError, ConfigError, ContextError
 from tessella.generate import all_logits, generate, generate_batch
 from tessella.geometry import Grid, Size, fitted, roomiest_grid, window_of
@@ -232,9 +233,10 @@ def test_teaching_sees_what_answering_sees(pair: tuple[str, Loaded, Any]) -> Non
     for row in rows:
         logits, learned = all_logits(ours.model, row)[:-1], row.learn[1:]
         expected += torch.nn.functional.cross_entropy(logits[learned], row.ids[1:][learned], reduction="sum")
-    for tower in ("frozen", "lora"):
-        passes = Passes(ours.model, Recipe(model="", tower=tower))
-        assert abs(float(passes.loss(pack(rows))) - float(expected)) < 1e-3
+    cached_rows = Recipe(model="", projector="frozen", lora_layers=1)
+    for recipe in (Recipe(model="", tower="frozen"), Recipe(model="", tower="lora"), cached_rows):
+        passes = Passes(ours.model, recipe)
+        assert abs(float(passes.loss(pack(rows)).detach()) - float(expected)) < 1e-3
 
 
 # ---- prompts
@@ -249,6 +251,42 @@ def test_prompts_are_those_that_the_models_were_trained_with() -> None:
     assert text_of(render(talk, template_named("mistral_instruct"), open_turn=True)) == (
         "[INST] <image>\nWhat? [/INST]Rice.</s>[INST] Why? [/INST]"
     )
+
+
+# ---- published models, from configs as sparse as theirs
+
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L |= {"image_size": 336, "patch_size": 14, "model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
+VICUNA = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}
+MISTRAL = {"model_type": "mistral", "intermediate_size": 14336, "max_position_embeddings": 32768, "num_key_value_heads": 8}
+MISTRAL |= {"rms_norm_eps": 1e-05, "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text", "parameters", "template"),
+    [
+        ("LlavaForConditionalGeneration", VICUNA, 7_063_427_072, "vicuna_v1"),
+        ("LlavaNextForConditionalGeneration", VICUNA, 7_063_431_168, "vicuna_v1"),
+        ("LlavaNextForConditionalGeneration", MISTRAL, 7_566_747_648, "mistral_instruct"),
+    ],
+)
+def test_published_sizes_are_met(architecture: str, text: dict[str, Any], parameters: int, template: str) -> None:
+    config = model_config({"architectures": [architecture], "vision_config": CLIP_L, "text_config": text})
+    assert sum(weight.numel() for weight in blank_model(config).parameters()) == parameters
+    assert (
+        config.template == template and config.slots_per_tile == 576 and config.language.rope_theta == text.get("rope_theta", 1e4)
+    )
+    if architecture.startswith("LlavaNext"):
+        assert config.grids == ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)) and config.max_tiles == 4
+
+
+def test_eva_and_the_whole_of_a_minigpt4_have_the_published_sizes() -> None:
+    text = {"model_type": "llama", "rms_norm_eps": 1e-06, "vocab_size": 32001}
+    raw = {"architectures": ["Blip2ForConditionalGeneration"], "vision_config": {}, "qformer_config": {}, "text_config": text}
+    model = blank_model(model_config(raw))
+    tower, connector = (sum(w.numel() for w in part.parameters()) for part in (model.vision_model, model.mlp1))
+    assert tower == 985_952_256 and model.config.slots_per_tile == 32
+    assert connector == 105_137_408 + 768 * 4096 + 4096  # queries and Q-Former, then the one linear layer
 
 
 # ---- the rules by themselves
