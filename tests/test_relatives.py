@@ -286,7 +286,7 @@ def test_eva_and_the_whole_of_a_minigpt4_have_the_published_sizes() -> None:
     model = blank_model(model_config(raw))
     tower, connector = (sum(w.numel() for w in part.parameters()) for part in (model.vision_model, model.mlp1))
     assert tower == 985_952_256 and model.config.slots_per_tile == 32
-    assert connector == 105_137_408 + 768 * 4096 + 4096  # queries and Q-Former, then the one linear layer
+    assert connector - (768 * 4096 + 4096) == pytest.approx(105.1e6, abs=1e5)  # without the linear layer
 
 
 # ---- the rules by themselves
