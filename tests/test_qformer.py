@@ -12,7 +12,8 @@ from tessella.checkpoint.relative_names import BLIP2
 from tessella.config import QFormerConfig
 from tessella.errors import ConfigError, TrainingError
 from tessella.model.qformer import QFormer, Queries, sight
-from tessella.train.qformer import StageOne, hard_negatives, same_text
+from tessella.train import qformer as module
+from tessella.train.qformer import StageOne, hard_negatives, same_text, similarities
 
 WIDTH, QUERIES, VOCABULARY = 24, 5, 50
 SMALL = QFormerConfig(WIDTH, 48, num_layers=4, num_heads=2, image_width=32, num_queries=QUERIES, text=True, vocab_size=VOCABULARY)
@@ -186,6 +187,19 @@ def test_a_negative_is_never_a_pair_that_says_the_same() -> None:
     drawn = torch.stack([hard_negatives(scores, same, 0, chance) for _ in range(200)])
     assert not same[torch.arange(4), drawn].any()
     assert (drawn[:, 2] == 0).float().mean() > 0.9  # the nearest is drawn most often
+
+
+def test_negatives_come_from_all_processes_and_each_knows_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes sees what one process with the whole batch sees in its own rows."""
+    pictures, texts = torch.randn(4, QUERIES, 16), torch.randn(4, 16)
+    whole = similarities(pictures, texts, torch.tensor(0.07))
+    others = iter((pictures[:2], texts[:2]))
+    monkeypatch.setattr(module.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(module, "all_gather", lambda mine: [next(others), mine])
+    half = similarities(pictures[2:], texts[2:], torch.tensor(0.07))
+    assert half[2] == 2
+    assert torch.allclose(half[0], whole[0][2:]) and torch.allclose(half[1], whole[1][2:])
 
 
 def test_a_batch_of_one_caption_is_told() -> None:

@@ -91,9 +91,10 @@ def inspect_image(path: Path, look: Look, console: Console) -> dict[str, Any]:
     each = f"{config.slots_per_tile} visual tokens each"
     if window is not None:  # a part of each tile may be padding, and rows end in a newline
         each = f"{config.slots_per_tile} visual tokens of the whole picture, {window.tokens} of its tiles without padding"
+    with_whole = "" if not thumbnail else " and a thumbnail" if tiles.whole else " and the whole picture"
     facts = {
         "size": f"{tiles.width_px} x {tiles.height_px} px",
-        "grid": f"{grid.columns} columns x {grid.rows} rows" + (" and a thumbnail" if thumbnail else ""),
+        "grid": f"{grid.columns} columns x {grid.rows} rows{with_whole}",
         "tiles": f"{total} of {config.tile_size_px} px, {each}",
         "prompt": f"{len(prompt)} tokens, {int(prompt.slots.sum())} of them visual; the model takes {config.context_tokens}",
         "drawn": str(output),
