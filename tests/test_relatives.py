@@ -1,13 +1,16 @@
 """LLaVA-1.5, LLaVA-NeXT, and BLIP-2 with a Llama, against transformers: pixels, slots, logits, greedy ids, both ways."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from relatives import NAMES, POINTS, SIDE, processor_of, relative
 from relatives import PATCH as PATCH_PX
@@ -251,6 +254,38 @@ def test_prompts_are_those_that_the_models_were_trained_with() -> None:
     assert text_of(render(talk, template_named("mistral_instruct"), open_turn=True)) == (
         "[INST] <image>\nWhat? [/INST]Rice.</s>[INST] Why? [/INST]"
     )
+
+
+def test_prompts_have_the_ids_that_a_llama_tokenizer_gives_the_whole_text(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Ours are encoded piece by piece; Vicuna's and Mistral's tokenizers put a space in front of each stretch of text."""
+    talk = [Message("user", "<image>\nWhat is it?"), Message("assistant", "Rice, I think."), Message("user", "Why?")]
+    whole = {
+        "vicuna_v1": "{system} USER: <image>\nWhat is it? ASSISTANT: Rice, I think.</s>USER: Why? ASSISTANT:",
+        "mistral_instruct": "[INST] <image>\nWhat is it? [/INST] Rice, I think.</s>[INST] Why? [/INST]",
+    }
+    made = llama_tokenizer([template_named("vicuna_v1").default_system, *whole.values(), "Rice, I think. What is it? Why?"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    config = load_config(written(tmp_path_factory))
+    for name, text in whole.items():
+        inputs = Inputs(replace(config, template=name), Tokenizer.load(tmp_path))
+        one = inputs.build(talk, [Picture(picture(60, 60))])
+        text = text.format(system=inputs.template.default_system).replace("<image>", "<image>" * int(one.slots.sum()))
+        assert one.ids.tolist() == [made.token_to_id("<s>"), *made.encode(text).ids], name
+
+
+def llama_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
+    """BPE over words that begin with U+2581, set in front of each stretch between special tokens, as Llama's."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    made.pre_tokenizer = None
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
 
 
 # ---- published models, from configs as sparse as theirs
