@@ -14,7 +14,7 @@ from tessella.inputs import Inputs
 from tessella.model.connectors import Connector
 
 STAGED = "q-former after stage 1"
-# 13 times the MLP's parameters, as BLIP-2's 105 M are 8 times InternVL2-2B's 12.6 M.
+# 14 times the pixel-shuffle MLP's parameters, as BLIP-2's 105 M are 8 times InternVL2-2B's 12.6 M.
 QFORMER = QFormerConfig(384, 1536, num_layers=8, num_heads=6, image_width=384, num_queries=32, norm_eps=1e-6)
 VARIANTS = {
     "linear": ConnectorConfig("linear"),

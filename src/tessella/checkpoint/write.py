@@ -3,7 +3,8 @@
 In: our parameters (made one at a time), a config, and the folder whose side files are carried over.
 Out: config.json, generation_config.json, weights in one file or shards with an index, tokenizer files, and our manifest.
 The folder appears whole or not at all (folder.py); tied heads are not stored twice.
-A native folder keeps the official side files in the subfolder "official", untouched, so that the way back finds them.
+A native folder keeps the official side files in the subfolder "official", untouched, so that the way back finds them;
+a relative of InternVL keeps its own layout, and its base's files beside its weights.
 """
 
 import json

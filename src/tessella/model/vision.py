@@ -1,7 +1,7 @@
-"""The tower: tiles become patch features. InternViT; CLIP's by flags of its config.
+"""The tower: tiles become patch features. InternViT; CLIP's and EVA's by flags of its config.
 
-In: tiles (N, 3, S, S), normalised.  Out: features (N, P, P, C), class token dropped.
-N tiles, S side in px, P patches a side, C width.  Parameter names are those of the official checkpoint; CLIP's other names
+In: tiles (N, 3, S, S), normalised.  Out: features (N, P, P, C), class token dropped; (N, 1 + P * P, C) where it is kept.
+N tiles, S side in px, P patches a side, C width.  Parameter names are those of the official checkpoint; other names
 are mapped by checkpoint/names.py.
 Source: modeling_intern_vit.py of OpenGVLab/InternVL at 2410d1d; modeling_clip.py of huggingface/transformers at 5.23.
 """
