@@ -61,7 +61,8 @@ def test_a_system_message_wins_over_the_argument_and_that_over_the_template():
 def test_learned_are_answers_and_their_end_and_nothing_else(name):
     messages = [Message("system", "s"), *TWO_TURNS, Message("assistant", "Miso soup.")]
     learned = [piece for piece in render(messages, TEMPLATES[name], open_turn=False) if piece.learn]
-    end = Piece(TEMPLATES[name].end, "control", True)
+    control, text = TEMPLATES[name].tail("assistant")
+    end = Piece(control, "control", True) if control else Piece(text, "text", True)
     assert learned == [Piece("Soup.", "text", True), end, Piece("Miso soup.", "text", True), end]
 
 

@@ -257,7 +257,10 @@ def test_what_transformers_leaves_out_is_what_it_would_fill_in() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlavaForConditionalGeneration"]}, r"Llava.*InternVLChatModel.*InternVLForConditionalGeneration"),
+        (
+            {"architectures": ["PaliGemmaForConditionalGeneration"]},
+            r"PaliGemma.*InternVLChatModel.*InternVLForConditionalGeneration",
+        ),
         ({"tessella": None, "text_config__model_type": "gpt_oss"}, r"gpt_oss \(text_config\.model_type\).*Qwen3ForCausalLM"),
         ({"tessella__architecture": "MambaForCausalLM"}, "MambaForCausalLM.*we can run InternLM2ForCausalLM"),
         ({"tessella__architecture": "InternLM2ForCausalLM"}, 'InternLM2ForCausalLM", but text_config.model_type is "qwen2"'),

@@ -157,8 +157,8 @@ def test_what_is_no_model_folder_is_told_with_the_way_out(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=r"GptOssForCausalLM.*InternLM2ForCausalLM.*Phi3ForCausalLM"):
         load(folder)
-    (folder / "config.json").write_text(json.dumps({**raw, "architectures": ["LlavaForConditionalGeneration"]}))
-    with pytest.raises(ConfigError, match=r"Llava.*InternVLChatModel.*InternVLForConditionalGeneration"):
+    (folder / "config.json").write_text(json.dumps({**raw, "architectures": ["PaliGemmaForConditionalGeneration"]}))
+    with pytest.raises(ConfigError, match=r"PaliGemma.*InternVLChatModel.*InternVLForConditionalGeneration"):
         load(folder)
 
 

@@ -201,7 +201,7 @@ def unknown_language_model(folder: Path) -> None:
 
 
 def unknown_model(folder: Path) -> None:
-    change_json(folder / "config.json", "architectures", to=["LlavaForConditionalGeneration"])
+    change_json(folder / "config.json", "architectures", to=["PaliGemmaForConditionalGeneration"])
 
 
 def no_config(folder: Path) -> None:
@@ -220,7 +220,7 @@ def no_config(folder: Path) -> None:
         (native_config_only, "its config.json is native, its tensors are official"),
         (two_in_one, "both an adapter and a model"),
         (unknown_language_model, "MambaForCausalLM.*InternLM2ForCausalLM"),
-        (unknown_model, "LlavaForConditionalGeneration.*InternVLChatModel"),
+        (unknown_model, "PaliGemmaForConditionalGeneration.*InternVLChatModel"),
         (no_config, "neither config.json nor adapter_config.json"),
     ],
 )

@@ -17,7 +17,7 @@ from tessella.checkpoint.lowrank import combined
 from tessella.checkpoint.packing import read_packed, write_packed
 from tessella.checkpoint.read import load
 from tessella.image import TileRule, cut_tiles, normalise, open_image
-from tessella.model.connectors import PixelShuffleMLP
+from tessella.model.connectors import Connector
 from tessella.model.vision import VisionTower
 
 
@@ -25,7 +25,7 @@ def fresh_projector(tower: dict[str, Tensor], spread: float, pictures: list[Path
     """A random projector whose tokens have the spread of the embedding table; otherwise nothing is learned."""
     torch.manual_seed(0)
     config = nano_config()
-    model, projector = VisionTower(config.vision), PixelShuffleMLP(config)
+    model, projector = VisionTower(config.vision), Connector(config)
     model.load_state_dict({name.removeprefix("vision_model."): value for name, value in tower.items()})
     for layer in projector:
         if isinstance(layer, nn.Linear):

@@ -2,12 +2,14 @@
 
 In: messages of system, user and assistant.  Out: pieces of text, control tokens and picture marks, in order.
 Text and control tokens stay apart from here on: what a person typed can never become a control token.
-Source: conversation.py of OpenGVLab/InternVL at 2410d1d; ChatML of SmolLM2-135M-Instruct for the built-in model.
+Source: conversation.py of OpenGVLab/InternVL at 2410d1d; ChatML of SmolLM2-135M-Instruct for the built-in model;
+conversation.py of haotian-liu/LLaVA at c121f04 (vicuna_v1), the chat template of llava-hf/llava-v1.6-mistral-7b-hf, and
+conversation.py of Vision-CAIR/MiniGPT-4 at d94738a.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from tessella.errors import ConfigError, PromptError
 
@@ -42,16 +44,50 @@ class Template:
     after_end: str = ""
     add_bos: bool = False  # begin with the tokenizer's bos, if the tokenizer is one that adds it
     start: str = "<|im_start|>"  # "" where each role has a control token of its own
-    end: str = "<|im_end|>"
+    end: str = "<|im_end|>"  # ends a turn; with plain texts only an assistant's
+    # (text that opens a turn, text that ends it), by role, where no control tokens do; an answer may end in a text, too.
+    # These families' tokenizers put a space before the first word of each stretch of text, so LLaVA's answers need none.
+    plain: Mapping[str, tuple[str, str]] | None = None
+    # Control tokens of a picture: in front of its slots and behind them, "" for none, and the token that bears the slots.
+    image_start: str = "<img>"
+    image_end: str = "</img>"
+    slot: str = "<IMG_CONTEXT>"
+    frame: tuple[str, str] = ("", "")  # plain texts around a picture
 
     def head(self, role: str) -> tuple[str, str]:
-        """(control token, text) that open a turn of that role."""
+        """(control token, text) that open a turn of that role; no control token where plain texts do."""
+        if self.plain is not None:
+            return "", self.plain[role][0]
         return (self.start, f"{role}\n") if self.start else (f"<|{role}|>", "\n")
+
+    def tail(self, role: str) -> tuple[str, str]:
+        """(control token, text) that end a turn of that role."""
+        if self.plain is not None and (role != "assistant" or self.plain[role][1]):
+            return "", self.plain[role][1]
+        return self.end, self.after_end
 
 
 # The punctuation is part of what the models were trained with; a changed comma is another prompt.
 _SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+_SYSTEM_VICUNA = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+class _Ends(TypedDict):
+    """What the templates of the LLaVA models have in common."""
+
+    stop: tuple[str, ...]
+    add_bos: bool
+    end: str
+    image_start: str
+    image_end: str
+    slot: str
+
+
+_LLAVA = _Ends(stop=("</s>",), add_bos=True, end="</s>", image_start="", image_end="", slot="<image>")
 
 TEMPLATES = {
     template.name: template
@@ -69,6 +105,34 @@ TEMPLATES = {
             add_bos=True,
         ),
         Template("chatml", "", stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>"), after_end="\n"),
+        # LLaVA-1.5 and LLaVA-NeXT with Vicuna; LLaVA-NeXT with Mistral.
+        Template(
+            "vicuna_v1",
+            _SYSTEM_VICUNA,
+            plain={"system": ("", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT:", "")},
+            **_LLAVA,
+        ),
+        Template(
+            "mistral_instruct",
+            "",
+            plain={"system": ("<<SYS>>\n", "\n<</SYS>>\n\n"), "user": ("[INST] ", " [/INST]"), "assistant": ("", "")},
+            **_LLAVA,
+        ),
+        # MiniGPT-4 with Vicuna. It ends a turn with "###", which its tokenizer has as one piece behind a space and begins with
+        # "##" elsewhere.
+        Template(
+            "minigpt4",
+            "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+            "Please answer my questions.",
+            stop=("</s>", "\u2581###", "###", "##"),
+            add_bos=True,
+            end="</s>",
+            plain={"system": ("", "###"), "user": ("Human: ", "###"), "assistant": ("Assistant: ", "###")},
+            image_start="",
+            image_end="",
+            slot="<image>",
+            frame=("<Img>", "</Img>"),
+        ),
     )
 }
 
@@ -162,8 +226,15 @@ def _checked(messages: Sequence[Message], open_turn: bool) -> list[Message]:
 
 
 def _head(role: str, template: Template) -> list[Piece]:
-    control, text = template.head(role)
-    return [Piece(control, "control"), Piece(text, "text")]
+    return list(_marks(*template.head(role)))
+
+
+def _marks(control: str, text: str, learn: bool = False) -> Iterator[Piece]:
+    """A control token and the text behind it, where there are any."""
+    if control:
+        yield Piece(control, "control", learn)
+    if text:
+        yield Piece(text, "text", learn and not control)
 
 
 def _turn(turn: Message, template: Template) -> Iterator[Piece]:
@@ -172,11 +243,12 @@ def _turn(turn: Message, template: Template) -> Iterator[Piece]:
     if turn.role == "user":
         for index, text in enumerate(turn.text.split(IMAGE_MARK)):
             if index:
+                before, behind = template.frame
+                yield from _marks("", before)
                 yield Piece(IMAGE_MARK, "image")
+                yield from _marks("", behind)
             if text:
                 yield Piece(text, "text")
     elif turn.text:
         yield Piece(turn.text, "text", learn)
-    yield Piece(template.end, "control", learn)
-    if template.after_end:
-        yield Piece(template.after_end, "text")
+    yield from _marks(*template.tail(turn.role), learn)

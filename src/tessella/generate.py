@@ -36,7 +36,7 @@ def embed(model: VisionLanguageModel, inputs: Sequence[ModelInput]) -> Tensor:
     """The embeddings (T, D) of all rows, pictures in their slots."""
     ids = torch.cat([one.ids for one in inputs]).to(model.device)
     slots = torch.cat([one.slots for one in inputs]).to(model.device)
-    return model.embed(ids, slots, visual_tokens(model, inputs))
+    return model.embed(ids, slots, visual_tokens(model, inputs), [window for one in inputs for window in one.windows])
 
 
 @torch.inference_mode()

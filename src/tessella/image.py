@@ -3,6 +3,7 @@
 In: a path, bytes, a data: URI or a PIL picture, and a TileRule.  Out: Tiles.
 pixels (N, 3, S, S) uint8, row by row, the thumbnail last.  N tiles, S side of a tile in pixels.
 Source of rule and numbers: dynamic_preprocess and build_transform of OpenGVLab/InternVL at 2410d1d, internvl/train/dataset.py.
+LLaVA's rules beside it: "pad" lays the picture on a square, "anyres" on the roomiest of some grids (geometry.py).
 """
 
 import base64
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -27,9 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from tessella.errors import ConfigError, ImageError
+from tessella.geometry import UNCUT, Grid, Size, Window, fitted, roomiest_grid, window_of
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+STATISTICS = {"imagenet": (MEAN, STD), "clip": (CLIP_MEAN, (0.26862954, 0.26130258, 0.27577711))}
 MOST_TILES = 40
 LEAST_SIDE_PX = 2
 LIMIT_MEGAPIXELS = 100.0
@@ -55,28 +59,20 @@ _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00",
 _BOMB_LOCK = threading.Lock()
 
 
-class Grid(NamedTuple):
-    """How many tiles side by side, and how many one above the other."""
-
-    columns: int
-    rows: int
-
-
-class Size(NamedTuple):
-    """Of an upright picture."""
-
-    width_px: int
-    height_px: int
-
-
 @dataclass(frozen=True)
 class TileRule:
-    """How a picture may be cut; thumbnail adds the whole picture as a last tile when there is more than one."""
+    """How a picture may be cut; thumbnail adds the whole picture as a last tile when there is more than one.
+
+    kind: "closest" is InternVL's; "stretch" and "pad" make one tile, as it comes or with its own aspect on a square; "anyres"
+    chooses from grids of at most max_tiles, pads with black, and puts the whole picture first.
+    """
 
     size_px: int = 448
     min_tiles: int = 1
     max_tiles: int = 12  # without the thumbnail, 1 to 40
     thumbnail: bool = True
+    kind: str = "closest"
+    grids: tuple[Grid, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size_px < 1:
@@ -93,10 +89,19 @@ class Tiles:
     """One picture, cut. pixels (N, 3, S, S) uint8; digests: sha256 of each tile's pixels, so that equal tiles are known again."""
 
     pixels: Tensor
-    grid: Grid
+    grid: Grid  # of no tiles where "anyres" shows the picture whole alone
     width_px: int  # of the upright picture, before the cut
     height_px: int
     digests: tuple[str, ...]
+    whole: int | None  # place of the whole picture among the tiles, None where it is no tile of its own
+
+    @property
+    def about(self) -> str:
+        """How it was cut, in words."""
+        cut = f"{self.grid.columns} x {self.grid.rows} tiles"
+        if self.whole is None:
+            return cut
+        return "shown whole" if self.grid == UNCUT else f"{cut} and {'a thumbnail' if self.whole else 'the whole picture'}"
 
 
 # ---- the tile rule
@@ -122,6 +127,10 @@ def choose_grid(width_px: int, height_px: int, rule: TileRule) -> Grid:
     """
     aspect = width_px / height_px
     area_px = width_px * height_px
+    if rule.kind in ("pad", "stretch"):
+        return Grid(1, 1)
+    if rule.kind == "anyres":
+        return roomiest_grid(Size(width_px, height_px), _allowed(rule), rule.size_px)
     best, best_gap = Grid(1, 1), float("inf")
     for grid in candidate_grids(rule):
         gap = abs(aspect - grid.columns / grid.rows)
@@ -132,36 +141,74 @@ def choose_grid(width_px: int, height_px: int, rule: TileRule) -> Grid:
     return best
 
 
+def _allowed(rule: TileRule) -> list[Grid]:
+    return [grid for grid in rule.grids if grid.columns * grid.rows <= rule.max_tiles]
+
+
 def count_tiles(width_px: int, height_px: int, rule: TileRule) -> int:
-    """Tiles of a picture of this size, thumbnail counted."""
+    """Tiles of a picture of this size, the whole picture counted where it is one of them."""
     grid = choose_grid(width_px, height_px, rule)
     tiles = grid.columns * grid.rows
-    return tiles + (1 if rule.thumbnail and tiles > 1 else 0)
+    if rule.kind == "anyres":
+        return tiles + 1
+    return tiles + (1 if rule.kind == "closest" and rule.thumbnail and tiles > 1 else 0)
+
+
+def picture_window(width_px: int, height_px: int, rule: TileRule, patches_per_side: int) -> Window | None:
+    """What of the map of patches shows the picture; None for the rules that do not pad a grid."""
+    if rule.kind != "anyres":
+        return None
+    return window_of(Size(width_px, height_px), choose_grid(width_px, height_px, rule), patches_per_side)
 
 
 def cut_tiles(image: Image.Image, rule: TileRule) -> Tiles:
-    """RGB picture -> its tiles row by row, then the thumbnail. Resized once (bicubic, aspect not kept, as trained), then cut."""
+    """RGB picture -> its tiles row by row, resized bicubically once; the whole picture last, or first under "anyres"."""
     assert image.mode == "RGB", f"cut_tiles wants RGB, got {image.mode}; open_image makes it"
     side = rule.size_px
     grid = choose_grid(image.width, image.height, rule)
     tiles = grid.columns * grid.rows
     total = count_tiles(image.width, image.height, rule)
+    whole = None if total == tiles else 0 if rule.kind == "anyres" else tiles
     pixels = np.empty((total, 3, side, side), dtype=np.uint8)
-    whole = np.asarray(image.resize((side * grid.columns, side * grid.rows), Image.Resampling.BICUBIC))
-    cut = whole.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
-    pixels[:tiles].reshape(grid.rows, grid.columns, 3, side, side)[...] = cut
-    if total > tiles:
-        pixels[tiles] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    if grid != UNCUT:
+        first = 1 if whole == 0 else 0
+        laid = np.asarray(_laid(image, rule, Size(side * grid.columns, side * grid.rows)))
+        cut = laid.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
+        pixels[first : first + tiles].reshape(grid.rows, grid.columns, 3, side, side)[...] = cut
+    if whole is not None:
+        pixels[whole] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     digests = tuple(hashlib.sha256(tile.data).hexdigest() for tile in pixels)
-    return Tiles(torch.from_numpy(pixels), grid, image.width, image.height, digests)
+    return Tiles(torch.from_numpy(pixels), grid, image.width, image.height, digests, whole)
 
 
-def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (N, 3, S, S) -> dtype, (x / 255 - mean) / std in float32; float tiles are taken as normalised and only cast."""
+def _laid(image: Image.Image, rule: TileRule, room: Size) -> Image.Image:
+    """The picture as large as its grid: stretched, or with its own aspect on a ground."""
+    if rule.kind in ("closest", "stretch"):
+        return image.resize(room, Image.Resampling.BICUBIC)  # aspect not kept, as trained
+    if rule.kind == "pad":  # first padded with the mean colour, then made smaller
+        ground = tuple(int(255 * mean) for mean in CLIP_MEAN)
+        return _on_ground(image, Size(max(image.size), max(image.size)), ground).resize(room, Image.Resampling.BICUBIC)
+    size = fitted(Size(image.width, image.height), room)
+    return _on_ground(image.resize(size, Image.Resampling.BICUBIC), room, (0, 0, 0))
+
+
+def _on_ground(image: Image.Image, room: Size, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a ground."""
+    if image.size == room:
+        return image
+    ground = Image.new("RGB", room, colour)
+    ground.paste(image, ((room.width_px - image.width) // 2, (room.height_px - image.height) // 2))
+    return ground
+
+
+def normalise(tiles: Tensor, dtype: torch.dtype, statistics: str = "imagenet") -> Tensor:
+    """uint8 (N, 3, S, S) -> dtype, (x / 255 - mean) / std in float32; float tiles are taken as normalised and only cast.
+
+    statistics: a name in STATISTICS.
+    """
     if tiles.is_floating_point():
         return tiles.to(dtype)
-    mean = torch.tensor(MEAN, device=tiles.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=tiles.device).view(3, 1, 1)
+    mean, std = (torch.tensor(three, device=tiles.device).view(3, 1, 1) for three in STATISTICS[statistics])
     return tiles.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
 
 

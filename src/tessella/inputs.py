@@ -2,7 +2,8 @@
 
 In: messages with an <image> mark for each picture, and the pictures.  Out: ModelInput.
 T tokens, N tiles of all pictures, S side of a tile in pixels.
-Slots per tile = (tile size / patch / 2) squared: 256 at 448 px. Nothing is ever cut to fit: too long is an error.
+Slots per tile: config.slots_per_tile; (tile size / patch / 2) squared = 256 at 448 px for InternVL. Where the tile rule pads a
+grid, a picture has the slots of its whole view and of its window. Nothing is ever cut to fit: too long is an error.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,18 @@ from torch import Tensor
 from tessella.chat import Message, Piece, count_marks, render, template_named
 from tessella.config import ModelConfig
 from tessella.errors import CheckpointError, ConfigError, ContextError, PromptError
-from tessella.image import LIMIT_MEGAPIXELS, MOST_TILES, Size, TileRule, Tiles, count_tiles, cut_tiles, open_image, read_size
+from tessella.geometry import Grid, Size, Window
+from tessella.image import (
+    LIMIT_MEGAPIXELS,
+    MOST_TILES,
+    TileRule,
+    Tiles,
+    count_tiles,
+    cut_tiles,
+    open_image,
+    picture_window,
+    read_size,
+)
 from tessella.tokenizer import Tokenizer
 
 
@@ -30,7 +42,9 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class ModelInput:
-    """One prompt. Slots come in the order of the tiles: row by row, thumbnail last, picture after picture."""
+    """One prompt. Slots come in the order of the tiles, row by row, thumbnail last, picture after picture; or with windows in
+    that of each picture's whole view and its window.
+    """
 
     ids: Tensor  # (T,) int64
     learn: Tensor  # (T,) bool, true on tokens that the loss counts
@@ -38,6 +52,7 @@ class ModelInput:
     tiles: Tensor  # (N, 3, S, S) uint8
     tiles_per_picture: tuple[int, ...]
     digests: tuple[str, ...]  # of each tile's pixels: all slots bear one id, so a cache must tell pictures apart by these
+    windows: tuple[Window, ...] = ()  # of each picture, where the tile rule pads a grid
 
     def __post_init__(self) -> None:
         assert len(self.digests) == len(self.tiles), "each tile has a digest"
@@ -78,9 +93,10 @@ class Inputs:
                 "use the tokenizer of the model"
             )
         self.rule()  # checks the limits now, not at the first picture
-        self._image_start = tokenizer.id_of("<img>")
-        self._image_end = tokenizer.id_of("</img>")
-        self._slot = tokenizer.id_of("<IMG_CONTEXT>")
+        self._image_start, self._image_end = (
+            [tokenizer.id_of(token)] if token else [] for token in (self.template.image_start, self.template.image_end)
+        )
+        self._slot = tokenizer.id_of(self.template.slot)
         end = tokenizer.id_of(self.template.end)
         others = [tokenizer.id_of(token) for token in self.template.stop if tokenizer.has(token)]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([end, *others]))
@@ -96,12 +112,12 @@ class Inputs:
         pieces = self._pieces(messages, len(pictures), open_turn)
         sizes = [read_size(picture.source, limit_megapixels=self.limit_megapixels) for picture in pictures]
         limits = [picture.max_tiles for picture in pictures]
-        counts = [count_tiles(*size, self.rule(limit)) for size, limit in zip(sizes, limits, strict=True)]
-        ids, learn = self._ids(pieces, counts)
+        ids, learn = self._ids(pieces, self._slots_of_each(sizes, limits))
         if len(ids) + room > self.context_tokens:  # told before a pixel is decoded
             raise ContextError(self._too_long(len(ids), sizes, limits, room))
         cut = [self._cut(picture) for picture in pictures]
-        assert [len(one.digests) for one in cut] == counts, "a header's size was not the picture's"
+        assert [(one.width_px, one.height_px) for one in cut] == sizes, "a header's size was not the picture's"
+        windows = [self.window(*size, limit) for size, limit in zip(sizes, limits, strict=True)]
         side = self.config.tile_size_px
         row = torch.tensor(ids, dtype=torch.int64)
         return ModelInput(
@@ -109,8 +125,9 @@ class Inputs:
             learn=torch.tensor(learn, dtype=torch.bool),
             slots=row == self._slot,  # text never holds this id: the tokenizer keeps it out
             tiles=torch.cat([one.pixels for one in cut]) if cut else torch.empty((0, 3, side, side), dtype=torch.uint8),
-            tiles_per_picture=tuple(counts),
+            tiles_per_picture=tuple(len(one.digests) for one in cut),
             digests=tuple(digest for one in cut for digest in one.digests),
+            windows=tuple(window for window in windows if window is not None),
         )
 
     def measure(
@@ -124,14 +141,31 @@ class Inputs:
         """Tokens that build would make of pictures of these (width, height), without decoding or even having them."""
         limits = [None] * len(sizes) if max_tiles is None else max_tiles
         pieces = self._pieces(messages, len(sizes), open_turn)
-        counts = [count_tiles(width, height, self.rule(limit)) for (width, height), limit in zip(sizes, limits, strict=True)]
-        return len(self._ids(pieces, counts)[0])
+        return len(self._ids(pieces, self._slots_of_each([Size(*size) for size in sizes], limits))[0])
+
+    def slots_of(self, width_px: int, height_px: int, max_tiles: int | None = None) -> int:
+        """Visual tokens of a picture of this size."""
+        window = self.window(width_px, height_px, max_tiles)
+        if window is not None:
+            return self.config.slots_per_tile + window.tokens
+        return self.config.slots_per_tile * count_tiles(width_px, height_px, self.rule(max_tiles))
+
+    def window(self, width_px: int, height_px: int, max_tiles: int | None = None) -> Window | None:
+        """What is shown of the patches of a picture of this size; None where every tile stands for itself."""
+        return picture_window(width_px, height_px, self.rule(max_tiles), self.config.patches_per_side)
 
     def rule(self, max_tiles: int | None = None) -> TileRule:
         """The tile rule of a picture; max_tiles overrides the limit."""
         config = self.config
         most = self.max_tiles if max_tiles is None else max_tiles
-        return TileRule(config.tile_size_px, min(config.min_tiles, max(most, 1)), most, config.use_thumbnail)
+        return TileRule(
+            config.tile_size_px,
+            min(config.min_tiles, max(most, 1)),
+            most,
+            config.use_thumbnail,
+            config.tile_rule,
+            tuple(Grid(*grid) for grid in config.grids),
+        )
 
     def _pieces(self, messages: Sequence[Message], n_pictures: int, open_turn: bool) -> tuple[Piece, ...]:
         marks = count_marks(messages)
@@ -142,12 +176,17 @@ class Inputs:
             )
         return render(messages, self.template, system=self.system, open_turn=open_turn)
 
-    def _ids(self, pieces: Sequence[Piece], tile_counts: Sequence[int]) -> tuple[list[int], list[bool]]:
+    def _slots_of_each(self, sizes: Sequence[Size], limits: Sequence[int | None], cap: int = MOST_TILES) -> list[int]:
+        """Slots of each picture, none cut into more than cap tiles."""
+        caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
+        return [self.slots_of(*size, most) for size, most in zip(sizes, caps, strict=True)]
+
+    def _ids(self, pieces: Sequence[Piece], slot_counts: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Ids and learn flags of the whole prompt."""
         bos = self.tokenizer.bos_id
         ids = [bos] if self.template.add_bos and bos is not None else []
         learn = [False] * len(ids)
-        counts = iter(tile_counts)
+        counts = iter(slot_counts)
         stripping = False  # behind a token that drops the white space after it
         for piece in _joined(pieces):
             if piece.kind == "text":
@@ -158,9 +197,8 @@ class Inputs:
                 stripping = self.tokenizer.strips_after(piece.text)
                 new = [self.tokenizer.id_of(piece.text)]
             else:
-                stripping = self.tokenizer.strips_after("</img>")
-                slots = self.config.slots_per_tile * next(counts)
-                new = [self._image_start, *[self._slot] * slots, self._image_end]
+                stripping = self.tokenizer.strips_after(self.template.image_end or self.template.slot)
+                new = [*self._image_start, *[self._slot] * next(counts), *self._image_end]
             ids += new
             learn += [piece.learn] * len(new)
         return ids, learn
@@ -171,14 +209,14 @@ class Inputs:
 
     def _too_long(self, tokens: int, sizes: Sequence[Size], limits: Sequence[int | None], room: int) -> str:
         """What is too long, by how much, and a --max-tiles that would do, if any does."""
-        tiles = self._count(sizes, limits)
+        tiles, slots = self._count(sizes, limits), sum(self._slots_of_each(sizes, limits))
         what = f"{tokens:,} tokens" + (f" with {tiles} tile{'' if tiles == 1 else 's'}" if tiles else "")
         if room:
             what += f" and {room:,} more for the answer"
         what += f"; at most {self.context_tokens:,}: "
-        fitting = (self.context_tokens - room - tokens) // self.config.slots_per_tile + tiles
+        fitting = self.context_tokens - room - tokens + slots
         most = max([self.max_tiles if limit is None else limit for limit in limits], default=0)
-        counts = {cap: self._count(sizes, limits, cap) for cap in range(1, most)}
+        counts = {cap: sum(self._slots_of_each(sizes, limits, cap)) for cap in range(1, most)}
         best = max((count for count in counts.values() if count <= fitting), default=0)
         if best:  # the smallest cap of those that cut alike: 6, not 11, where both make 3 x 2
             return f"{what}fewer tiles, or --max-tiles {min(cap for cap, count in counts.items() if count == best)}"
@@ -186,10 +224,9 @@ class Inputs:
             return f"{what}ask for an answer of at most {self.context_tokens - tokens:,} (--max-tokens)"
         return what + ("fewer pictures or turns, or a shorter text" if tiles else "fewer turns, or a shorter text")
 
-    def _count(self, sizes: Sequence[Size], limits: Sequence[int | None], cap: int = MOST_TILES) -> int:
-        """Tiles of all pictures, none cut into more than cap."""
-        caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
-        return sum(count_tiles(*size, self.rule(most)) for size, most in zip(sizes, caps, strict=True))
+    def _count(self, sizes: Sequence[Size], limits: Sequence[int | None]) -> int:
+        """Tiles of all pictures."""
+        return sum(count_tiles(*size, self.rule(limit)) for size, limit in zip(sizes, limits, strict=True))
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -87,11 +87,15 @@ def inspect_image(path: Path, look: Look, console: Console) -> dict[str, Any]:
     draw_tiles(tiles).save(drawing, "PNG")
     write_whole(output, drawing.getvalue())
     total, grid = len(tiles.pixels), tiles.grid
-    thumbnail = total > grid.columns * grid.rows
+    thumbnail, window = tiles.whole is not None, inputs.window(tiles.width_px, tiles.height_px)
+    each = f"{config.slots_per_tile} visual tokens each"
+    if window is not None:  # a part of each tile may be padding, and rows end in a newline
+        each = f"{config.slots_per_tile} visual tokens of the whole picture, {window.tokens} of its tiles without padding"
+    with_whole = "" if not thumbnail else " and a thumbnail" if tiles.whole else " and the whole picture"
     facts = {
         "size": f"{tiles.width_px} x {tiles.height_px} px",
-        "grid": f"{grid.columns} columns x {grid.rows} rows" + (" and a thumbnail" if thumbnail else ""),
-        "tiles": f"{total} of {config.tile_size_px} px, {config.slots_per_tile} visual tokens each",
+        "grid": f"{grid.columns} columns x {grid.rows} rows{with_whole}",
+        "tiles": f"{total} of {config.tile_size_px} px, {each}",
         "prompt": f"{len(prompt)} tokens, {int(prompt.slots.sum())} of them visual; the model takes {config.context_tokens}",
         "drawn": str(output),
     }
@@ -115,19 +119,21 @@ def inspect_image(path: Path, look: Look, console: Console) -> dict[str, Any]:
 
 
 def draw_tiles(tiles: Tiles) -> Image.Image:
-    """The tiles on their grid with gaps and numbers, the thumbnail to the right: what goes into the tower, in that order."""
+    """The tiles on their grid with gaps and numbers, the whole picture to the right: what goes into the tower, in that order."""
     side, grid = tiles.pixels.shape[-1], tiles.grid
     step = side + GAP_PX
-    on_grid = grid.columns * grid.rows
-    columns = grid.columns + (1 if len(tiles.pixels) > on_grid else 0)
-    sheet = Image.new("RGB", (columns * step + GAP_PX, grid.rows * step + GAP_PX), "white")
+    columns = grid.columns + (0 if tiles.whole is None else 1)
+    sheet = Image.new("RGB", (columns * step + GAP_PX, max(grid.rows, 1) * step + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=max(10, side // 12))
     for number, pixels in enumerate(tiles.pixels):
-        row, column = divmod(number, grid.columns) if number < on_grid else (0, grid.columns)
+        if number == tiles.whole:
+            row, column = 0, grid.columns
+        else:
+            row, column = divmod(number - (1 if tiles.whole == 0 else 0), grid.columns)
         corner = (GAP_PX + column * step, GAP_PX + row * step)
         sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), corner)
-        label = str(number + 1) if number < on_grid else f"{number + 1} thumbnail"
+        label = f"{number + 1} {'thumbnail' if number else 'whole'}" if number == tiles.whole else str(number + 1)
         place = (corner[0] + side // 28, corner[1] + side // 28)
         draw.rectangle(draw.textbbox(place, label, font=font), fill="black")
         draw.text(place, label, fill="white", font=font)
@@ -253,12 +259,12 @@ def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[
 def facts_of_parts(config: ModelConfig, parts: Parts) -> dict[str, str]:
     """A line for each part."""
     vision, language = config.vision, config.language
-    most = config.max_tiles + (1 if config.use_thumbnail and config.max_tiles > 1 else 0)
+    whole = config.tile_rule == "anyres" or (config.tile_rule == "closest" and config.use_thumbnail and config.max_tiles > 1)
+    most = config.max_tiles + (1 if whole else 0)
     return {
         "tower": f"{millions(parts.tower)}: {vision.num_layers} layers of {vision.hidden_size}, {vision.norm}, "
         f"tiles of {config.tile_size_px} px in patches of {vision.patch_size_px} px",
-        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, "
-        f"pixel shuffle {config.pixel_shuffle_version}",
+        "projector": f"{millions(parts.projector)}: {config.slots_per_tile} visual tokens a tile, {connector_words(config)}",
         "language model": f"{millions(parts.layers)}: {language.architecture}, "
         f"{language.num_layers} layers of {language.hidden_size}, "
         f"{language.num_heads} heads on {language.num_kv_heads}",
@@ -267,6 +273,13 @@ def facts_of_parts(config: ModelConfig, parts: Parts) -> dict[str, str]:
         "all": f"{millions(parts.total)}: {parts.total:,} parameters",
         "prompt": f"template {config.template}, {config.context_tokens:,} tokens; 1 to {most} tiles a picture, thumbnail counted",
     }
+
+
+def connector_words(config: ModelConfig) -> str:
+    """The kind of connector, and how the tiles are cut where it is not InternVL's way."""
+    kind = config.connector.kind
+    words = f"pixel shuffle {config.pixel_shuffle_version}" if kind == "pixel_shuffle" else kind
+    return words if config.tile_rule == "closest" else f"{words}, tile rule {config.tile_rule}"
 
 
 def on_disk(name: str, found: Found, parts: Parts) -> str:

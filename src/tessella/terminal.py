@@ -202,10 +202,9 @@ def _show(talk: Talk, path: Path, out: TextIO) -> bool:
     except TessellaError as error:
         print(error, file=out)
         return False
-    grid, tokens = tiles.grid, len(tiles.pixels) * talk.loaded.config.slots_per_tile
-    thumbnail = " and a thumbnail" if len(tiles.pixels) > grid.columns * grid.rows else ""
+    tokens = inputs.slots_of(tiles.width_px, tiles.height_px)
     print(
-        f"{path}: {tiles.width_px} x {tiles.height_px} px, {grid.columns} x {grid.rows} tiles{thumbnail}, {tokens} tokens",
+        f"{path}: {tiles.width_px} x {tiles.height_px} px, {tiles.about}, {tokens} tokens",
         file=out,
     )
     return True

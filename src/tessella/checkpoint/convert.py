@@ -19,7 +19,7 @@ import torch
 from tessella.checkpoint.adapters import settings_of, state_of, write_adapter_files
 from tessella.checkpoint.folder import check_place, new_folder, read_manifest
 from tessella.checkpoint.lowrank import named
-from tessella.checkpoint.names import Layout
+from tessella.checkpoint.names import Layout, native_layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
 from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
 from tessella.checkpoint.weights import Entry, some
@@ -120,7 +120,8 @@ def convert(source: str | Path, out: str | Path, wish: Wish | None = None, origi
     if wish.to == "adapter":
         proof, entries = _write_adapter(found, out, wish, (origin or Origin()).base, device)
     else:
-        proof, entries = _write_model(found, out, wish, wish.to, device)
+        layout = native_layout(found.config) if wish.to == "native" else wish.to
+        proof, entries = _write_model(found, out, wish, layout, device)
     adapter = found.adapter
     return ConvertResult(
         folder=out,
@@ -146,14 +147,26 @@ def refuse_overlap(out: Path, places: Sequence[Path]) -> None:
             raise CheckpointError(f"{out} {where} {place}, which is read from; give another place to write to")
 
 
+def refuse_official(source: Source) -> None:
+    """Raises CheckpointError for a relative of InternVL: the official layout has no words for it."""
+    config = source.config
+    if config.family != "internvl":
+        raise CheckpointError(
+            f"{source.path} is a {config.family} model, and the official InternVL layout can say neither its tower, nor its "
+            f'connector ("{config.connector.kind}"), nor its tile rule ("{config.tile_rule}"); say --to native'
+        )
+
+
 def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: torch.device) -> tuple[Proofs, list[Entry]]:
+    if layout == "official":
+        refuse_official(source)
     entries = source.entries(wish.stored)
     proofs: list[Proofs] = []
 
     def check(written: Path) -> None:
         again = open_source(written)
         proof = prove(source, again, mode=wish.proof, device=device, rounding=wish.stored is not None)
-        proof.require(f"{source.path} as {KINDS[layout]}")
+        proof.require(f"{source.path} as {KINDS['official' if layout == 'official' else 'native']}")
         proofs.append(proof)
 
     write_model(
@@ -190,7 +203,8 @@ def _write_adapter(
         require_same_base(plain, told_base)
     adapter = source.adapter
     if wish.names != "ours":
-        adapter = named(adapter, wish.names, source.shapes, source.config.language)
+        layout = native_layout(source.config) if wish.names == "native" else wish.names
+        adapter = named(adapter, layout, source.shapes, source.config.language)
     base = str(out.resolve() / BASE) if splits else told_base or source.base
     state = state_of(adapter)
     entries = plain.entries() if splits else []

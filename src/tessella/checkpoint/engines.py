@@ -83,6 +83,8 @@ def ask(engine: str, source: Source) -> EngineProof:
     """Compare one engine with us. Raises CheckpointError when it fails on the folder."""
     if importlib.util.find_spec(engine) is None:
         return EngineProof(engine, "")
+    if source.config.family != "internvl":
+        raise ConfigError(f"--engines asks about InternVL models; {source.path} is a {source.config.family} model: leave it away")
     inputs = Inputs(source.config, Tokenizer.load(source.folder))
     # without the limits on tiles that our own proof sets, because a folder's processor knows only the folder's limit
     talks = [(messages, [Picture(picture.source) for picture in pictures]) for messages, pictures in conversations()]

@@ -13,29 +13,32 @@ VIDEO = "<video>"
 
 def chat_template(template: Template, bos: str | None) -> str:
     """bos: the text of the token in front of each prompt, None for none. It is written out, because engines do not add it."""
-    heads = ", ".join(f"{_quoted(role)}: {_quoted(''.join(template.head(role)))}" for role in ROLES)
-    end = _quoted(template.end + template.after_end)
+    heads, ends = (
+        ", ".join(f"{_quoted(role)}: {_quoted(''.join(part(role)))}" for role in ROLES) for part in (template.head, template.tail)
+    )
+    slot = SLOT.join(template.frame)
     return "".join(
         [
             _put(_quoted(bos)) if bos else "",
             f"{{%- set heads = {{{heads}}} -%}}",
+            f"{{%- set ends = {{{ends}}} -%}}",
             "{%- set pictures = namespace(seen=0) -%}",
             "{%- if messages[0]['role'] != 'system' -%}",
-            _put(f"heads['system'] + {_quoted(template.default_system)} + {end}") if template.default_system else "",
+            _put(f"heads['system'] + {_quoted(template.default_system)} + ends['system']") if template.default_system else "",
             "{%- endif -%}",
             "{%- for message in messages -%}",
             "{%- if message['role'] != 'system' or message['content'] -%}",  # an empty system text leaves its turn out
             _put("heads[message['role']]"),
             "{%- if message['content'] is string -%}",
             "{%- if message['role'] == 'user' -%}",
-            _put(f"message['content'] | replace({_quoted(IMAGE_MARK)}, {_quoted(SLOT)})"),
+            _put(f"message['content'] | replace({_quoted(IMAGE_MARK)}, {_quoted(slot)})"),
             "{%- else -%}",
             _put("message['content']"),
             "{%- endif -%}",
             "{%- else -%}",
-            _parts(),
+            _parts(slot),
             "{%- endif -%}",
-            _put(end),
+            _put("ends[message['role']]"),
             "{%- endif -%}",
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",
@@ -45,7 +48,7 @@ def chat_template(template: Template, bos: str | None) -> str:
     )
 
 
-def _parts() -> str:
+def _parts(slot: str) -> str:
     return "".join(
         [
             "{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}",
@@ -55,7 +58,7 @@ def _parts() -> str:
             "{%- if several or pictures.seen > 1 -%}",
             _put("'Image-' + (pictures.seen | string) + ': '"),
             "{%- endif -%}",
-            _put(_quoted(f"{SLOT}\n")),
+            _put(_quoted(f"{slot}\n")),
             "{%- elif part['type'] == 'video' -%}",
             _put(_quoted(f"{VIDEO}\n")),
             "{%- elif part['type'] == 'text' -%}",

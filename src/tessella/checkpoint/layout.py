@@ -7,6 +7,7 @@ configuration_internvl.py, modeling_rope_utils.py and image_processing_got_ocr2.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from tessella.config import (
@@ -14,6 +15,7 @@ from tessella.config import (
     NATIVE,
     NATIVE_MODEL_TYPES,
     OFFICIAL,
+    ConnectorConfig,
     LanguageConfig,
     ModelConfig,
     VisionConfig,
@@ -26,8 +28,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def official_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
-    """config.json. dtype_name: "bfloat16", "float32" or "float16", what the weights are stored in."""
+    """config.json. dtype_name: "bfloat16", "float32" or "float16", what the weights are stored in.
+
+    A connector that is not InternVL's is named in our section "tessella"; InternVL's own code cannot open such a folder.
+    """
+    own = {} if config.connector == ConnectorConfig() else {"tessella": {"connector": asdict(config.connector)}}
     return {
+        **own,
         "architectures": [OFFICIAL],
         "auto_map": {
             "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
@@ -138,6 +145,10 @@ def native_config(config: ModelConfig, dtype_name: str, *, image_token_id: int, 
 
 
 def _refuse_what_native_cannot_say(config: ModelConfig) -> None:
+    if config.connector != ConnectorConfig():
+        raise ConfigError(
+            f'the connector is "{config.connector.kind}", and the native layout has pixel shuffle alone; keep the official layout'
+        )
     if config.pixel_shuffle_version != "v2":
         raise ConfigError(
             f'ps_version is "{config.pixel_shuffle_version}": its visual tokens lie column by column, which the native layout '

@@ -10,6 +10,7 @@ Source: arXiv:2106.09685.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from tessella.errors import CheckpointError
 CHUNK_NUMBERS = 2**24  # numbers of a weight that are widened to float32 at once: 64 MiB
 NATIVE_BEGINNINGS = (
     *("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),  # in memory
-    *("vision_tower.", "multi_modal_projector.", "lm_head."),  # in files
+    *("vision_tower.", "multi_modal_projector.", "lm_head.", "image_newline."),  # in files
 )
 
 
@@ -151,14 +152,16 @@ def layout_of(names: Iterable[str], where: Path) -> Layout:
     return "native" if native else "official"
 
 
-def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> Adapter:
+def fit(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig, native: Layout = "native") -> Adapter:
     """The adapter in our names, every tensor matched with a parameter of the base (shapes by our names).
 
+    native: whose names those of transformers are, of the InternVL class or of a relative's.
     Raises CheckpointError naming what has no place in the base or another shape: an adapter of another model.
     """
     layout = layout_of([*adapter.pairs, *adapter.whole], adapter.folder)
     if layout == "native":
-        adapter = _renamed(adapter, as_in_files)
+        layout = native
+        adapter = _renamed(adapter, partial(as_in_files, layout=layout))
     pairs: dict[str, Pair] = {}
     for group, names in _groups([*adapter.pairs], layout, language):
         parts = [adapter.pairs.get(name) for name in group.stored]
@@ -250,7 +253,7 @@ def named(adapter: Adapter, layout: Layout, shapes: Mapping[str, tuple[int, ...]
             )
         whole |= group.to_stored([adapter.whole[name] for name in group.ours], language)
     found = replace(adapter, pairs=pairs, whole=whole)
-    return _renamed(found, as_in_memory) if layout == "native" else found
+    return found if layout == "official" else _renamed(found, partial(as_in_memory, layout=layout))
 
 
 def _renamed(adapter: Adapter, name: Callable[[str], str]) -> Adapter:

@@ -13,15 +13,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tessella.config import LanguageConfig
+from tessella.checkpoint.relative_names import BLIP2, CLIP, LLAVA
+from tessella.config import LanguageConfig, ModelConfig
 from tessella.errors import CheckpointError
 
-Layout = Literal["official", "native"]
+Layout = Literal["official", "native", "llava", "llava_next", "blip2"]  # transformers has a layout for each of the relatives
 Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see cut_rows)
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -97,9 +98,11 @@ _NATIVE = (
         }
     ),
 )
+_LLAVA = (Group((f"{_TOWER}attn.qkv",), tuple(f"{CLIP}self_attn.{part}_proj" for part in "qkv")), *_renamed(LLAVA))
 # What is not in a layout's table has one name on both sides. InternLM2 has its own words in the official layout alone.
 _OFFICIAL = {"InternLM2ForCausalLM": _INTERNLM2, "Phi3ForCausalLM": _PHI3}
 _NATIVE_LANGUAGE = {"Phi3ForCausalLM": _PHI3}
+_TABLES = {"native": _NATIVE, "llava": _LLAVA, "llava_next": _LLAVA, "blip2": _renamed(BLIP2)}
 
 # transformers calls its modules so in memory, and so do adapters; its save_pretrained writes the second form into files.
 _IN_MEMORY = (
@@ -108,18 +111,38 @@ _IN_MEMORY = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
 )
+# The published folders have one module more around CLIP than transformers 5 has in memory and writes; it reads both forms.
+_LLAVA_IN_MEMORY = (
+    ("model.image_newline.", "image_newline."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    *(pair for pair in _IN_MEMORY if "vision" not in pair[0]),
+)
+_LLAVA_FORMS = (
+    *((f"{place}vision_tower.vision_model.", "vision_tower.vision_model.") for place in ("model.", "")),  # transformers 4's
+    *_LLAVA_IN_MEMORY,
+    ("vision_tower.", "vision_tower.vision_model."),
+)
+_FORMS = {"native": _IN_MEMORY, "llava": _LLAVA_FORMS, "llava_next": _LLAVA_FORMS}
+_MEMORY_FORMS = {"native": _IN_MEMORY, "llava": _LLAVA_IN_MEMORY, "llava_next": _LLAVA_IN_MEMORY}
 _LAYER = re.compile(r"\.(layers?)\.(\d+)\.")
 
 
 @cache
 def _table(layout: Layout, architecture: str) -> tuple[dict[str, Group], dict[str, Group]]:
     """The groups by our paths, and by stored ones."""
-    official = layout == "official"
-    groups = _OFFICIAL.get(architecture, ()) if official else (*_NATIVE, *_NATIVE_LANGUAGE.get(architecture, ()))
+    if layout == "official":
+        groups: tuple[Group, ...] = _OFFICIAL.get(architecture, ())
+    else:
+        groups = (*_TABLES[layout], *_NATIVE_LANGUAGE.get(architecture, ()))
     return {path: group for group in groups for path in group.ours}, {path: group for group in groups for path in group.stored}
 
 
 # ---- names
+
+
+def native_layout(config: ModelConfig) -> Layout:
+    """The layout that transformers has for a model."""
+    return next((layout for layout in get_args(Layout) if layout == config.family), "native")
 
 
 def group_of(ours: str, layout: Layout, language: LanguageConfig) -> Group:
@@ -129,8 +152,7 @@ def group_of(ours: str, layout: Layout, language: LanguageConfig) -> Group:
 
 def group_of_stored(stored: str, layout: Layout, language: LanguageConfig) -> Group:
     """The group of a tensor or module of a file; native names may be those of files or those in memory."""
-    name = as_in_files(stored) if layout == "native" else stored
-    return _find(name, _table(layout, language.architecture)[1])
+    return _find(as_in_files(stored, layout), _table(layout, language.architecture)[1])
 
 
 def groups_of(ours: Iterable[str], layout: Layout, language: LanguageConfig) -> list[Group]:
@@ -138,14 +160,14 @@ def groups_of(ours: Iterable[str], layout: Layout, language: LanguageConfig) -> 
     return list(dict.fromkeys(group_of(name, layout, language) for name in ours))
 
 
-def as_in_files(native: str) -> str:
-    """A native name as transformers writes it into files, whichever of the two forms it has."""
-    return _with_prefix(native, _IN_MEMORY)
+def as_in_files(native: str, layout: Layout = "native") -> str:
+    """A name of one of transformers' layouts as it stands in files, whichever form it has; official names have but one."""
+    return _with_prefix(native, _FORMS.get(layout, ()))
 
 
-def as_in_memory(native: str) -> str:
+def as_in_memory(native: str, layout: Layout = "native") -> str:
     """A native name as transformers calls the module in memory; adapters for native models use these."""
-    return _with_prefix(native, [(file, memory) for memory, file in _IN_MEMORY])
+    return _with_prefix(native, [(file, memory) for memory, file in _MEMORY_FORMS.get(layout, ())])
 
 
 def is_computed(stored: str) -> bool:

@@ -10,7 +10,7 @@ table; when it differs, the weights are believed and the model is read as untied
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,20 @@ from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
 from tessella.checkpoint.lowrank import fit, merge_adapter
-from tessella.checkpoint.names import EMBEDDING, HEAD, Layout, as_in_files, group_of, groups_of, is_computed, stored_shapes
+from tessella.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    Layout,
+    as_in_files,
+    group_of,
+    groups_of,
+    is_computed,
+    native_layout,
+    stored_shapes,
+)
 from tessella.checkpoint.published import HUB, PUBLISHED
 from tessella.checkpoint.weights import Weights, open_weights, some
-from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json
+from tessella.config import LanguageConfig, ModelConfig, layout_name, model_config, read_config_json
 from tessella.errors import CheckpointError, DownloadError, MemoryError_
 from tessella.inputs import Inputs
 from tessella.model.device import choose_device, choose_dtype
@@ -64,7 +74,7 @@ def load(
     model, unused = load_model(folder, device=where, dtype=number_type)
     if adapter is not None:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        merge_adapter(model, fit(read_adapter(adapter), shapes, model.config.language))
+        merge_adapter(model, fit(read_adapter(adapter), shapes, model.config.language, native_layout(model.config)))
     tokenizer = Tokenizer.load(folder)
     inputs = Inputs(model.config, tokenizer, max_tiles=max_tiles, system=system)
     return Loaded(model, tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
@@ -134,8 +144,9 @@ def load_model(
 
 
 def layout_of(raw: Mapping[str, Any]) -> Layout:
-    """Which layout a folder has, by its config.json. Raises ConfigError when it is neither."""
-    return "native" if is_native(raw) else "official"
+    """Which layout a folder has, by its config.json. Raises ConfigError when it is none of ours."""
+    name = layout_name(raw)
+    return next(known for known in get_args(Layout) if known == name)
 
 
 def resolve_head(config: ModelConfig, weights: Weights, layout: Layout = "official") -> ModelConfig:
@@ -155,9 +166,9 @@ def names_in(weights: Weights, layout: Layout) -> dict[str, str]:
 
     They differ only where a native folder was written with the names in memory. Raises CheckpointError for both at once.
     """
-    names = {as_in_files(name) if layout == "native" else name: name for name in weights.files}
+    names = {as_in_files(name, layout): name for name in weights.files}
     if len(names) < len(weights.files):
-        twice = [name for name in weights.files if names[as_in_files(name)] != name]
+        twice = [name for name in weights.files if names[as_in_files(name, layout)] != name]
         raise CheckpointError(f"{some(twice)} stand in the weights under two names; fetch or write the folder again")
     return names
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tessella.checkpoint.adapters import is_adapter, learned_in, pairs_and_whole, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO
-from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit, layout_of
-from tessella.checkpoint.names import Layout, group_of
-from tessella.checkpoint.read import check_weights, find_model, names_in, resolve_head
+from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit
+from tessella.checkpoint.lowrank import layout_of as layout_of_names
+from tessella.checkpoint.names import Layout, group_of, native_layout
+from tessella.checkpoint.read import check_weights, find_model, layout_of, names_in, resolve_head
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
 from tessella.config import ModelConfig, is_native, load_config, read_config_json
@@ -210,7 +211,7 @@ def _open_adapter(path: Path, origin: Origin, above: tuple[Path, ...]) -> Source
 def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
     """The source with one more adapter on it."""
     adapter = replace(adapter, base=adapter.base or below.base)
-    fitted = fit(adapter, below.shapes, below.config.language)
+    fitted = fit(adapter, below.shapes, below.config.language, native_layout(below.config))
     if fitted.changes_nothing():
         raise CheckpointError(
             f"{path} changes nothing: all {len(fitted.pairs)} of its low-rank products are zero, as before the first step; "
@@ -222,9 +223,9 @@ def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
 
 def _open_model(path: Path, kind: Kind, name: str) -> Source:
     weights = open_weights(path)
-    layout: Layout = "native" if kind == "native" else "official"
-    found = layout_of(weights.files, path)
-    if found != layout:
+    layout = layout_of(read_config_json(path))
+    found = layout_of_names(weights.files, path)
+    if found != ("official" if layout in ("official", "blip2") else "native"):  # BLIP-2 calls its tower as InternVL does
         raise CheckpointError(
             f"{path} mixes two layouts: its config.json is {layout}, its tensors are {found}; take both from the same model"
         )

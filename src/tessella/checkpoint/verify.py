@@ -107,7 +107,7 @@ def logits_on(model: VisionLanguageModel, prompts: Sequence[ModelInput]) -> list
     found = []
     for one in prompts:
         visual = model.visual_tokens(one.tiles.to(model.device)) if len(one.tiles) else None
-        embeddings = model.embed(one.ids.to(model.device), one.slots.to(model.device), visual)
+        embeddings = model.embed(one.ids.to(model.device), one.slots.to(model.device), visual, one.windows)
         positions = torch.arange(len(one), device=model.device)
         hidden = model(embeddings, positions, Causal([len(one)], model.device), len(one))
         found.append(model.logits(hidden).float().cpu())

@@ -3,7 +3,8 @@
 In: our parameters (made one at a time), a config, and the folder whose side files are carried over.
 Out: config.json, generation_config.json, weights in one file or shards with an index, tokenizer files, and our manifest.
 The folder appears whole or not at all (folder.py); tied heads are not stored twice.
-A native folder keeps the official side files in the subfolder "official", untouched, so that the way back finds them.
+A native folder keeps the official side files in the subfolder "official", untouched, so that the way back finds them;
+a relative of InternVL keeps its own layout, and its base's files beside its weights.
 """
 
 import json
@@ -109,6 +110,9 @@ def write_side_files(
     files: Mapping[str, str],
 ) -> None:
     """All files of a model folder but its weights, into an existing empty folder. stored: the weights' type, as "bfloat16"."""
+    if layout not in ("official", "native"):
+        assert base_folder is not None and not files, "a relative's files are those of its base"
+        return _write_relative_files(folder, config, stored, end_ids, base_folder)
     official = folder / KEPT if layout == "native" else folder
     official.mkdir(exist_ok=True)
     kept = official_side(base_folder) if base_folder else None
@@ -137,6 +141,21 @@ def _write_native_files(folder: Path, official: Path, config: ModelConfig, store
     (folder / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
     for name, content in native_processor_files(config).items():
         _write_json(folder / name, content)
+
+
+def _write_relative_files(folder: Path, config: ModelConfig, stored: str, end_ids: Sequence[int], base_folder: Path) -> None:
+    """The files of a relative of InternVL are its base's own; config.json tells the type and the head as they are now."""
+    for path in side_files(base_folder):
+        shutil.copyfile(path, folder / path.name)
+    raw = read_config_json(base_folder)
+    raw |= {key: stored for key in ("dtype", "torch_dtype") if key in raw} or {"torch_dtype": stored}
+    if model_config(raw).language.tie_embeddings != config.language.tie_embeddings:  # resolve_head believed the weights
+        raw["tie_word_embeddings"] = config.language.tie_embeddings
+        raw["text_config"] = {**raw["text_config"], "tie_word_embeddings": config.language.tie_embeddings}
+    _write_json(folder / "config.json", raw)
+    generation = base_folder / "generation_config.json"
+    old = read_json(generation) if generation.is_file() else {}
+    _write_json(folder / "generation_config.json", generation_config(old, end_ids))
 
 
 @dataclass(frozen=True)

@@ -5,27 +5,28 @@ Out: hidden states (T, D); the caller asks for the logits it needs.
 Source: modeling_internvl_chat.py of OpenGVLab/InternVL at 2410d1d.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tessella.config import ModelConfig
+from tessella.geometry import Window
 from tessella.image import normalise
 from tessella.model.attend import Attend
-from tessella.model.connectors import PixelShuffleMLP
+from tessella.model.connectors import Connector
 from tessella.model.language import LanguageModel
 from tessella.model.vision import VisionTower
 
 
 class VisionLanguageModel(nn.Module):
-    """InternVL. connector makes the module that turns features (N, P, P, C) into visual tokens (N, slots, D)."""
+    """InternVL and its relatives. mlp1, the connector, turns features (N, P, P, C) into visual tokens (N, slots, D)."""
 
-    def __init__(self, config: ModelConfig, connector: Callable[[ModelConfig], nn.Module] = PixelShuffleMLP):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.vision_model = VisionTower(config.vision, config.select_layer)
-        self.mlp1 = connector(config)
+        self.mlp1 = Connector(config)
         self.language_model = LanguageModel(config.language)
 
     @property
@@ -38,20 +39,25 @@ class VisionLanguageModel(nn.Module):
 
     def features(self, tiles: Tensor) -> Tensor:
         """tiles (N, 3, S, S) uint8 -> features (N, P, P, C); the part that a frozen tower computes once."""
-        return self.vision_model(normalise(tiles, self.vision_model.embeddings.patch_embedding.weight.dtype))
+        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+        return self.vision_model(normalise(tiles, dtype, self.config.vision.statistics))
 
     def visual_tokens(self, tiles: Tensor) -> Tensor:
         """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D)."""
         return self.mlp1(self.features(tiles))
 
-    def embed(self, ids: Tensor, slots: Tensor, visual: Tensor | None) -> Tensor:
-        """ids (T,), slots (T,) bool, visual (N, slots, D) or None without pictures -> embeddings (T, D)."""
+    def embed(self, ids: Tensor, slots: Tensor, visual: Tensor | None, windows: Sequence[Window] = ()) -> Tensor:
+        """ids (T,), slots (T,) bool, visual (N, slots, D) or None without pictures -> embeddings (T, D).
+
+        windows: what of each picture's map is shown, where the tile rule pads (Connector.laid_out).
+        """
         embeddings = self.language_model.embed(ids)
         if visual is None:
             return embeddings
+        shown = self.mlp1.laid_out(visual, windows)
         # On a GPU the sum would make the host wait at every step of a training run; inputs.py makes both from one count.
-        assert slots.is_cuda or int(slots.sum()) == visual.shape[0] * visual.shape[1], "slots and visual tokens differ in number"
-        return embeddings.masked_scatter(slots[:, None], visual.to(embeddings.dtype))
+        assert slots.is_cuda or int(slots.sum()) == len(shown), "slots and visual tokens differ in number"
+        return embeddings.masked_scatter(slots[:, None], shown.to(embeddings.dtype))
 
     def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int) -> Tensor:
         """embeddings (T, D), positions (T,) -> hidden states (T, D); length as in LanguageModel.forward."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tessella.errors import ImageError, PromptError
+from tessella.geometry import Window
 from tessella.image import open_image
 from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.train.augment import augment
@@ -35,6 +36,7 @@ class Pack:
     lengths: tuple[int, ...]  # tokens of each row
     tiles_of: tuple[int, ...]  # tiles of each row
     keys: tuple[str, ...]  # of each row: equal for rows that are equal in every token and pixel
+    windows: tuple[tuple[Window, ...], ...]  # of each row's pictures, where the tile rule pads a grid
 
     def to(self, device: torch.device) -> "Pack":
         """On a device; the tiles stay where they are until somebody asks for them (a frozen tower may not)."""
@@ -61,6 +63,7 @@ class Pack:
             lengths=self.lengths[index : index + 1],
             tiles_of=self.tiles_of[index : index + 1],
             keys=self.keys[index : index + 1],
+            windows=self.windows[index : index + 1],
         )
 
 
@@ -113,6 +116,7 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
         lengths=tuple(len(row) for row in rows),
         tiles_of=tuple(len(row.tiles) for row in rows),
         keys=tuple(key_of(row) for row in rows),
+        windows=tuple(row.windows for row in rows),
     )
 
 
@@ -121,6 +125,7 @@ def key_of(row: ModelInput) -> str:
     digest = hashlib.sha256(row.ids.numpy().tobytes())
     for tile in row.digests:
         digest.update(tile.encode())
+    digest.update(repr(row.windows).encode())
     return digest.hexdigest()
 
 

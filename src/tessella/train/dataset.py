@@ -15,7 +15,8 @@ from typing import Literal
 
 from tessella.chat import Message
 from tessella.errors import DataError, PromptError
-from tessella.image import LIMIT_MEGAPIXELS, Size
+from tessella.geometry import Size
+from tessella.image import LIMIT_MEGAPIXELS
 from tessella.inputs import Inputs, Picture
 from tessella.train.classes import Asking, read_folder
 from tessella.train.foodieqa import drafts_of_sivqa, is_sivqa

@@ -75,7 +75,8 @@ class Passes:
         if visual is None:
             return embeddings
         # As model.embed does it with a mask; but a mask's gradient makes the host wait for the GPU, and positions do not.
-        return embeddings.index_copy(0, pack.slots, visual.flatten(0, 1).to(embeddings.dtype))
+        shown = self.model.mlp1.laid_out(visual, [window for row in pack.windows for window in row])
+        return embeddings.index_copy(0, pack.slots, shown.to(embeddings.dtype))
 
     def attend(self, pack: Pack) -> Attend:
         attend: Attend = Causal(pack.lengths, self.model.device)

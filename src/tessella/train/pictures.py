@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tessella.errors import ImageError
-from tessella.image import LIMIT_MEGAPIXELS, Size, name_of, open_image, read_size
+from tessella.geometry import Size
+from tessella.image import LIMIT_MEGAPIXELS, name_of, open_image, read_size
 
 THREADS = 16  # mostly waiting for the disk
 TAIL_BYTES = 4096

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tessella.checkpoint.adapters import AdapterSettings, save_adapter
 from tessella.checkpoint.lowrank import Pair
+from tessella.checkpoint.names import native_layout
 from tessella.checkpoint.read import Loaded
 from tessella.checkpoint.weights import entries_of
-from tessella.checkpoint.write import write_official
+from tessella.checkpoint.write import write_model
 from tessella.train.lora import Taught, file_name
 from tessella.train.optimiser import Optimiser
 from tessella.train.recipe import Recipe
@@ -23,8 +24,11 @@ def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optim
     values = optimiser.values()
     if recipe.language == "full":
         entries = entries_of(whole_model(loaded, values, recipe.lora_alpha / recipe.lora_rank))
-        folder = recipe.output / "model"
-        return write_official(entries, folder, loaded.config, end_ids=loaded.stop_ids, base_folder=loaded.folder, force=True)
+        config, folder = loaded.config, recipe.output / "model"
+        layout = "official" if config.family == "internvl" else native_layout(config)
+        return write_model(
+            entries, folder, config, layout=layout, end_ids=loaded.stop_ids, base_folder=loaded.folder, force=True
+        )  # fmt: skip
     settings = AdapterSettings(base_name(recipe.model), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole)
     return save_adapter(recipe.output / "adapter", values, settings, force=True)
 
