@@ -21,7 +21,8 @@ from tessella.checkpoint.builtin import NANO
 from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit, layout_of
 from tessella.checkpoint.names import Layout, group_of
 from tessella.checkpoint.read import check_weights, find_model, names_in, resolve_head
-from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Span, Weights, open_weights, some
+from tessella.checkpoint.streams import Span
+from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
 from tessella.config import ModelConfig, is_native, load_config, read_config_json
 from tessella.errors import CheckpointError
@@ -84,9 +85,8 @@ class Source:
     places: tuple[Path, ...]  # everything that is read from, which must not be written to
     base: str  # what an adapter of this source is taught on, as a person would name it
     shapes: dict[str, tuple[int, ...]]
-    _last: _ReadLast = field(
-        init=False, default_factory=_ReadLast, repr=False
-    )  # init=False: a source made from another has its own
+    # not init: what is made from it with replace() begins with its own
+    _last: _ReadLast = field(init=False, default_factory=_ReadLast, repr=False)
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes that parameter."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from tessella.checkpoint.names import Layout, group_of
 from tessella.checkpoint.source import Source
+from tessella.checkpoint.streams import LARGE_BYTES, Span, new_buffers
 from tessella.checkpoint.verify import DROWNED
-from tessella.checkpoint.weights import Span, Weights, new_buffers, some
+from tessella.checkpoint.weights import Weights, some
 
 NEAR = 1e-6  # share of a merged weight's largest number that float32 sums may be off by, beside a unit in the last place
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,7 +78,7 @@ def compare_tensors(
 
 def compare_file(a: Source, file: Path, layout: Layout, *, rounding: bool) -> dict[str, Verdict]:
     """Verdicts on the parameters that one finished file of weights holds whole, in a model that is still being written."""
-    weights = Weights([file])
+    weights = Weights([file], past_cache=file.stat().st_size >= LARGE_BYTES)
     held = [
         name for name in a.shapes if all(stored in weights.files for stored in group_of(name, layout, a.config.language).stored)
     ]

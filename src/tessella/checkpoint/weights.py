@@ -8,14 +8,14 @@ Only safetensors: a pickle of a stranger is never opened.
 Source of the format: huggingface/safetensors, README ("Format").
 """
 
+import contextlib
 import hashlib
 import json
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +23,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tessella.checkpoint.streams import PIECE_BYTES, NewFile, Span, new_buffers, read_into
 from tessella.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+AHEAD = 4  # pieces that are read before the oldest of them is written: on a busy machine threads come late to their turn
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Read, hashed and written at once, side by side. Small enough for a processor's cache: 32 MiB took a fifth longer.
-CHUNK_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file that are a whole tensor."""
-
-    file: Path
-    begin: int
-    num_bytes: int
-    name: str  # of the tensor, for messages
-
-    def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes, piece by piece, each read into the next of the buffers. Raises CheckpointError when the file ends early."""
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.begin)
-            for begin in range(0, self.num_bytes, CHUNK_BYTES):
-                piece = next(buffers)[: min(CHUNK_BYTES, self.num_bytes - begin)]
-                _fill(file, piece, self)
-                yield piece
-
-
-def _fill(file: Any, block: memoryview, span: Span) -> None:
-    done = 0
-    while done < len(block):  # one read gives at most 2 GiB
-        got = file.readinto(block[done:])
-        if not got:
-            raise CheckpointError(f"{span.file} ends within {span.name}; it was changed meanwhile: fetch or write it again")
-        done += got
-
-
-def new_buffers(count: int) -> Iterator[memoryview]:
-    """Room for so many pieces of spans, given out in turn for ever."""
-    return cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(count)])
 
 
 class Weights:
     """The tensors of one folder or file, by name."""
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], *, past_cache: bool = False):
+        self._past_cache = past_cache  # spans are read from the disk itself
         self._handles: dict[str, Any] = {}
         self._begins: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._stored: dict[str, str] = {}  # its name in the file, where select gave it another
@@ -104,20 +72,20 @@ class Weights:
     def span(self, name: str) -> Span:
         """Where the tensor's bytes lie."""
         num_bytes = _count(self.shapes[name]) * self.dtypes[name].itemsize
-        return Span(self.files[name], self._begins[name], num_bytes, name)
+        return Span(self.files[name], self._begins[name], num_bytes, name, self._past_cache)
 
     def read(self, name: str) -> Tensor:
         """A copy in memory; nothing of the file stays mapped behind it. Raises CheckpointError when the file ends early."""
         span = self.span(name)
         raw = torch.empty(span.num_bytes, dtype=torch.uint8)
         with span.file.open("rb", buffering=0) as file:
-            file.seek(span.begin)
-            _fill(file, memory_of(raw), span)
+            if read_into(file.fileno(), memory_of(raw), span.begin, span.num_bytes) < span.num_bytes:
+                raise CheckpointError(f"{span.file} ends within {name}; it was changed meanwhile: fetch or write it again")
         return raw.view(self.dtypes[name]).reshape(self.shapes[name])
 
     def select(self, names: Mapping[str, str]) -> "Weights":
         """Some of the tensors under other names: new name -> name here."""
-        chosen = Weights([])
+        chosen = Weights([], past_cache=self._past_cache)
         for new, old in names.items():
             chosen._handles[new], chosen._begins[new] = self._handles[old], self._begins[old]
             chosen._stored[new] = self._stored.get(old, old)
@@ -225,24 +193,32 @@ def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], No
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % 64)  # the data then begins at a multiple of 64, which mapped reads like
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as beside:
-        under_way: list[Future[Any]] = []
-        # The next piece is read, or made, while the last one is hashed and written; each of the three takes its time.
-        for piece in _blocks([len(head).to_bytes(8, "little") + head], entries):
-            for done in under_way:
-                done.result()
-            under_way = [beside.submit(digest.update, piece), beside.submit(_write_all, file, piece)]
+    with (
+        contextlib.closing(NewFile(path, len(head) + offset)) as file,
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        under_way: deque[tuple[Future[None], Future[None]]] = deque()
+
+        def settle(left: int) -> None:
+            while len(under_way) > left:
+                for done in under_way.popleft():
+                    done.result()
+
+        # The next pieces are read, or made, while the last ones are hashed and written; each of the three takes its time.
+        for piece in _pieces(len(head).to_bytes(8, "little") + head, entries):
+            under_way.append((hashing.submit(digest.update, piece), writing.submit(file.write, piece)))
             advance(len(piece))
-        for done in under_way:
-            done.result()
-        os.fsync(file.fileno())
+            settle(AHEAD)
+        settle(0)
+        file.finish()
     return digest.hexdigest()
 
 
-def _blocks(first: Sequence[bytes], entries: Sequence[Entry]) -> Iterator[memoryview]:
-    """All bytes of a file in pieces. A piece stands until the next but one is asked for."""
-    buffers = new_buffers(2)
-    yield from (memoryview(block) for block in first)
+def _pieces(head: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]:
+    """All bytes of a file. A piece stands until AHEAD others were asked for."""
+    buffers = new_buffers(AHEAD + 1)
+    yield memoryview(head)
     for entry in entries:
         if entry.span is not None:
             assert entry.span.num_bytes == entry.num_bytes, f"{entry.name}: {entry.span.num_bytes} bytes for {entry.num_bytes}"
@@ -251,13 +227,8 @@ def _blocks(first: Sequence[bytes], entries: Sequence[Entry]) -> Iterator[memory
         tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
         assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
         block = memory_of(tensor)
-        for begin in range(0, len(block), CHUNK_BYTES):
-            yield block[begin : begin + CHUNK_BYTES]
-
-
-def _write_all(file: Any, block: memoryview) -> None:
-    while block:  # a raw file may take less than it was given
-        block = block[file.write(block) :]
+        for begin in range(0, len(block), PIECE_BYTES):
+            yield block[begin : begin + PIECE_BYTES]
 
 
 def memory_of(tensor: Tensor) -> memoryview:
