@@ -22,6 +22,11 @@ BLOCK_BYTES = 4096  # past the page cache, places, lengths and memory are multip
 LARGE_BYTES = 2**28  # smaller files go through the page cache, where whoever opens them next finds them
 
 
+def is_large(num_bytes: int) -> bool:
+    """Whether a file of that size goes past the page cache."""
+    return num_bytes >= LARGE_BYTES
+
+
 @dataclass(frozen=True)
 class Span:
     """Bytes of a file that are a whole tensor. past_cache: read from the disk itself."""
@@ -80,7 +85,7 @@ class NewFile:
 
     def __init__(self, path: Path, num_bytes: int):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self._handle, self._step = _opened(path, flags, past_cache=num_bytes >= LARGE_BYTES)
+        self._handle, self._step = _opened(path, flags, past_cache=is_large(num_bytes))
         self._room = memoryview(mmap.mmap(-1, PIECE_BYTES))
         self._filled, self._size = 0, 0
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tessella.checkpoint.names import Layout, group_of
 from tessella.checkpoint.source import Source
-from tessella.checkpoint.streams import LARGE_BYTES, Span, new_buffers
+from tessella.checkpoint.streams import Span, is_large, new_buffers
 from tessella.checkpoint.verify import DROWNED
 from tessella.checkpoint.weights import Weights, some
 
@@ -78,7 +78,7 @@ def compare_tensors(
 
 def compare_file(a: Source, file: Path, layout: Layout, *, rounding: bool) -> dict[str, Verdict]:
     """Verdicts on the parameters that one finished file of weights holds whole, in a model that is still being written."""
-    weights = Weights([file], past_cache=file.stat().st_size >= LARGE_BYTES)
+    weights = Weights([file], past_cache=is_large(file.stat().st_size))
     held = [
         name for name in a.shapes if all(stored in weights.files for stored in group_of(name, layout, a.config.language).stored)
     ]
