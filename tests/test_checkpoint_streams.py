@@ -1,6 +1,7 @@
 """Bytes pass from file to file unchanged, through the page cache and past it, whatever their places and lengths."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,26 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams.os, "open", opened)
 
 
+def refuse_direct_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(plain: Callable[..., int]) -> Callable[..., int]:
+        def called(handle: int, *rest: Any) -> int:
+            if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return plain(handle, *rest)
+
+        return called
+
+    monkeypatch.setattr(streams.os, "write", refusing(os.write))
+    monkeypatch.setattr(streams.os, "preadv", refusing(os.preadv))
+
+
 def nothing(_: pytest.MonkeyPatch) -> None:
     pass
 
 
-@pytest.mark.parametrize("system", [nothing, refuse_direct], ids=["as it is", "without O_DIRECT"])
+@pytest.mark.parametrize(
+    "system", [nothing, refuse_direct, refuse_direct_later], ids=["as it is", "without O_DIRECT", "refused when used"]
+)
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 8192, 8193, 100_001])
 def test_what_is_written_in_odd_pieces_is_read_from_odd_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None, size: int, system: Callable[[Any], None]
@@ -107,3 +123,17 @@ def test_one_bit_that_the_disk_turned_is_found(
     with pytest.raises(CheckpointError, match=r"1 differ: .* differs in 0\.\d% of its numbers"):
         convert(base, tmp_path / "out", Wish(to=to))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_is_no_reason_to_try_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = NewFile(tmp_path / "x", 10)
+    file.write(memoryview(b"0123456789"))
+    monkeypatch.setattr(streams.os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.finish()
+    file.close()

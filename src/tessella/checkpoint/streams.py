@@ -6,6 +6,8 @@ What is read past it comes from the disk, and so it is what was really written. 
 how (O_DIRECT), the usual way is taken.
 """
 
+import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -58,7 +60,11 @@ def read_into(handle: int, room: memoryview, begin: int, wanted: int) -> int:
     """Fill room from that place of a file, at least so many bytes of it; gives how many there were."""
     done = 0
     while done < wanted:  # one read gives at most 2 GiB
-        got = os.preadv(handle, [room[done:]], begin + done)
+        try:
+            got = os.preadv(handle, [room[done:]], begin + done)
+        except OSError as error:
+            _through_cache(handle, error)
+            continue
         if not got:
             break
         done += got
@@ -78,6 +84,14 @@ def _opened(path: Path, flags: int, past_cache: bool) -> tuple[int, int]:
         except OSError:
             pass  # the file system cannot; a fault of another kind comes again below
     return os.open(path, flags, 0o666), 1
+
+
+def _through_cache(handle: int, error: OSError) -> None:
+    """Some file systems open a file for what they then refuse: go on through the page cache. Another error is raised again."""
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    if error.errno != errno.EINVAL or not hasattr(os, "O_DIRECT") or not flags & os.O_DIRECT:
+        raise error
+    fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 class NewFile:
@@ -117,4 +131,7 @@ class NewFile:
 
     def _put(self, block: memoryview) -> None:
         while block:  # one write takes at most 2 GiB
-            block = block[os.write(self._handle, block) :]
+            try:
+                block = block[os.write(self._handle, block) :]
+            except OSError as error:
+                _through_cache(self._handle, error)
