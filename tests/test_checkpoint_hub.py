@@ -81,10 +81,10 @@ def test_only_what_is_needed_is_fetched_config_last_of_the_small_files_and_weigh
 def test_a_whole_cache_is_used_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub_folder(HubName(NAME))
     hub.asked.clear()
-    assert find_model(NAME) == (folder, None)
+    assert find_model(NAME) == (folder, ())
     assert hub.asked == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert find_model(NAME) == (folder, None)
+    assert find_model(NAME) == (folder, ())
 
 
 def test_config_alone_is_fetched_for_a_look_and_the_weights_later(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +230,9 @@ def test_an_adapter_on_a_hub_brings_its_base(hub: Hub, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{NAME}"}}')
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     hub.folders["someone/adapter"] = adapter
-    base, found = find_model("someone/adapter")
+    base, (found,) = find_model("someone/adapter")
     assert base.parts[-3] == "models--OpenGVLab--InternVL2-Tiny"
-    assert found is not None and found.parts[-3] == "models--someone--adapter"
+    assert found.parts[-3] == "models--someone--adapter"
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_what_the_writer_does_wrong_is_found_before_the_folder_gets_its_name(
     def careless(path: Path, entries: Any, advance: Any) -> str:
         by_name = {entry.name: entry for entry in entries}
         k, v = f"{LAYER}.self_attn.k_proj.weight", f"{LAYER}.self_attn.v_proj.weight"
-        swapped = [replace(entry, make=by_name[{k: v, v: k}.get(entry.name, entry.name)].make) for entry in entries]
+        others = [by_name[{k: v, v: k}.get(entry.name, entry.name)] for entry in entries]
+        swapped = [replace(entry, make=other.make, span=other.span) for entry, other in zip(entries, others, strict=True)]
         return write_file(path, swapped, advance)
 
     monkeypatch.setattr(write, "write_file", careless)

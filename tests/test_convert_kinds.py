@@ -51,6 +51,9 @@ def internlm2(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_official_to_native_and_back_gives_the_same_bytes(tmp_path: Path, architecture: str, sharded: bool) -> None:
     base = tiny.tiny_folder(tmp_path / "base", architecture, dtype=torch.bfloat16, sharded=sharded)
+    raw = json.loads((base / "config.json").read_text())  # what we have no field for must come back too
+    raw |= {"of_the_base": [1], "llm_config": {**raw["llm_config"], "of_its_llm": None, "use_cache": False}}
+    (base / "config.json").write_text(json.dumps(raw))
     there = convert(base, tmp_path / "native", Wish(to="native"))
     back = convert(tmp_path / "native", tmp_path / "back", Wish(to="official"))
     assert there.kind == "official" and back.kind == "native" and there.proof.holds and back.proof.holds

@@ -8,7 +8,8 @@ from PIL import Image
 
 from tessella.chat import Message
 from tessella.checkpoint.read import Loaded, load
-from tessella.generate import _held_back, generate, generate_batch, stream_text, visual_tokens
+from tessella.errors import MemoryError_, NumbersError
+from tessella.generate import _held_back, estimate_bytes, generate, generate_batch, stream_text, visual_tokens
 from tessella.inputs import Picture
 from tessella.sampling import SamplingParams
 from tiny import tiny_folder
@@ -92,3 +93,45 @@ def test_a_gpu_gives_the_cpus_ids_in_float32(tmp_path: Path) -> None:
         there = load(folder, device=device, dtype="float32")
         answers.append(list(generate(there.model, prompt(there), params, stop_ids=())))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_and_no_empty_answer_is_given(tmp_path: Path, value: float) -> None:
+    broken = load(tiny_folder(tmp_path / "model", "LlamaForCausalLM", 0), device="cpu", dtype="float32")
+    layer = broken.model.language_model.model.layers[1].mlp.down_proj
+    layer.weight.data = layer.weight.data.clone()
+    layer.weight.data[3, 5] = value
+    with pytest.raises(
+        NumbersError, match=r"because language_model\.model\.layers\.1\.mlp\.down_proj\.weight hold such numbers; fetch"
+    ):
+        list(generate(broken.model, prompt(broken), SamplingParams(), broken.stop_ids))
+
+
+def test_a_type_that_is_too_narrow_is_told_from_broken_weights(tmp_path: Path) -> None:
+    loaded = load(tiny_folder(tmp_path / "model", "LlamaForCausalLM", 0), device="cpu", dtype="float32")
+    head = loaded.model.language_model.lm_head
+    assert head is not None
+    head.weight.data = head.weight.data * 3e38
+    with pytest.raises(NumbersError, match="float32 is too narrow for it"):
+        list(generate(loaded.model, prompt(loaded), SamplingParams(), loaded.stop_ids))
+
+
+def test_no_memory_left_is_told_with_an_estimate_and_what_to_lower(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(loaded.model, "logits", full)
+    with pytest.raises(MemoryError_, match=r"1 prompts of \d+ tokens and 0 tiles, .* need about 0\.0 GiB .* --max-tiles"):
+        list(generate(loaded.model, prompt(loaded), SamplingParams(), loaded.stop_ids))
+
+
+def test_the_estimate_grows_with_what_it_is_made_of(loaded: Loaded) -> None:
+    short, long = prompt(loaded), prompt(loaded, "hello " * 50)
+    shown = loaded.inputs.build([Message("user", "<image>\nhello")], [Picture(Image.new("RGB", (56, 56)))])
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    few, many = SamplingParams(max_tokens=1), SamplingParams(max_tokens=1000)
+    language = loaded.config.language
+    a_token = 2 * language.num_layers * language.num_kv_heads * language.head_dim * 4
+    assert weights < estimate_bytes(loaded.model, [short], few) < estimate_bytes(loaded.model, [long], few)
+    assert estimate_bytes(loaded.model, [short], many) - estimate_bytes(loaded.model, [short], few) == 999 * a_token
+    assert estimate_bytes(loaded.model, [shown] * 9, few) > estimate_bytes(loaded.model, [short] * 9, few)

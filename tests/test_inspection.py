@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tessella import cli
+from tessella.checkpoint.convert import Wish, convert
 from tessella.image import TileRule, cut_tiles
 from tessella.inspection import GAP_PX, count_parts, draw_tiles
 from tiny import ARCHITECTURES, tiny_config, tiny_folder, tiny_model
@@ -113,6 +116,20 @@ def test_a_model(folder: Path, tmp_path: Path) -> None:
     assert result["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     tensors = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert isinstance(result["disk_bytes"], int) and 0.95 * tensors < result["disk_bytes"] <= tensors
+
+
+@pytest.mark.parametrize("layout", ["official", "native"])
+def test_a_model_that_lacks_tensors_is_shown_and_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Literal["official", "native"]
+) -> None:
+    place = convert(folder, tmp_path / "whole", Wish(to=layout)).folder
+    state = load_file(place / "model.safetensors")
+    name = next(name for name in state if "layers.1" in name)
+    del state[name]
+    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    assert cli.main(["inspect", str(place)]) == 2
+    told = capsys.readouterr()
+    assert "parameters" in told.out and "1 are missing" in told.err and name in told.err
 
 
 def test_a_thing_that_is_none_of_them_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ pytest.importorskip("peft", reason="teaching goes through PEFT, which is not ins
 
 from tessella.chat import Message
 from tessella.checkpoint import folder as folders
-from tessella.checkpoint.read import load
+from tessella.checkpoint.convert import Wish, convert
+from tessella.checkpoint.read import find_model, load
 from tessella.errors import ConfigError, DataError, MemoryError_, TrainingError
 from tessella.inputs import Picture
 from tessella.train import loop, state
@@ -254,10 +255,23 @@ def test_bad_pictures_go_into_the_ledger_and_too_many_stop_the_run(folder: Path,
         train(recipe_of(folder, tmp_path / "b", max_bad_share=0.05), samples=samples)
 
 
-def test_an_adapter_is_no_base_to_teach(folder: Path, tmp_path: Path) -> None:
-    result = train(recipe_of(folder, tmp_path / "a", max_steps=1), samples=colour_samples())
-    with pytest.raises(TrainingError, match="is an adapter; tessella convert"):
-        train(recipe_of(result.adapter, tmp_path / "b"), samples=colour_samples())
+def test_an_adapter_is_taught_further_and_both_are_asked_and_converted_as_one(folder: Path, tmp_path: Path) -> None:
+    first = train(recipe_of(folder, tmp_path / "a", max_steps=3), samples=colour_samples())
+    second = train(recipe_of(tmp_path / "a", tmp_path / "b", max_steps=3), samples=colour_samples())
+    assert second.losses[0] < first.losses[0]  # it begins where the first ended
+    found, adapters = find_model(tmp_path / "b")
+    assert found == folder and adapters == (first.adapter.resolve(), second.adapter)
+    merged = convert(tmp_path / "b", tmp_path / "merged", Wish(proof="logits"))
+    assert merged.proof.holds and merged.merged_pairs
+    asked, whole = (
+        dict(load(place, device="cpu", dtype="float32").model.named_parameters())
+        for place in (tmp_path / "b", tmp_path / "merged")
+    )
+    alone = dict(load(first.adapter, device="cpu", dtype="float32").model.named_parameters())
+    assert all(torch.allclose(asked[name], whole[name], atol=1e-6) for name in whole)
+    assert any(not torch.allclose(alone[name], whole[name], atol=1e-6) for name in whole)
+    with pytest.raises(TrainingError, match="would be written over"):
+        train(recipe_of(tmp_path / "a", tmp_path / "a", max_steps=3, resume=True), samples=colour_samples())
 
 
 def test_an_unknown_target_names_the_known_ones(folder: Path, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from tessella.checkpoint.published import PUBLISHED
-from tessella.errors import ConfigError, TessellaError
+from tessella.errors import ConfigError, TessellaError, is_out_of_memory
 from tessella.files import check_place, write_whole
 from tessella.foods import STYLES
 from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, VERIFY
-from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, is_out_of_memory, tell
+from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, tell
 from tessella.train.recipe import Recipe, load_recipe
 
 

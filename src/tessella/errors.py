@@ -41,9 +41,19 @@ class MemoryError_(TessellaError):
     """Out of memory, with the estimate and what to lower."""
 
 
+class NumbersError(TessellaError):
+    """A model that computes NaN or infinity: broken weights, or a number type that is too narrow for it."""
+
+
 class DownloadError(TessellaError):
     """A model on a hub, or a part of the built-in one, could not be fetched, or came broken."""
 
 
 class WriteError(TessellaError):
     """A file that cannot be written: no such place, no permission, no room on the disk."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """MemoryError, torch.OutOfMemoryError, or the plain RuntimeError of torch's CPU allocator or of mapping a file."""
+    # by its name, because torch is not imported here
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)

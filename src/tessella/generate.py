@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tessella.errors import MemoryError_, NumbersError, is_out_of_memory
 from tessella.inputs import ModelInput
 from tessella.model.attend import Causal, Dense
+from tessella.model.device import free_bytes
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.sampling import Sampler, SamplingParams
 from tessella.tokenizer import Tokenizer
@@ -46,11 +48,61 @@ def all_logits(model: VisionLanguageModel, one: ModelInput) -> Tensor:
     return model.logits(model(embed(model, [one]), positions, Causal([len(one)], model.device), len(one)))
 
 
-@torch.inference_mode()
 def generate_rows(
     model: VisionLanguageModel, inputs: Sequence[ModelInput], params: SamplingParams, stop_ids: Sequence[int]
 ) -> Iterator[tuple[int, int]]:
-    """(row, id) as they come. A row ends at a stop id, which is not given out, or after params.max_tokens."""
+    """(row, id) as they come. A row ends at a stop id, which is not given out, or after params.max_tokens.
+
+    Raises MemoryError_ with an estimate, and NumbersError where logits are not finite.
+    """
+    try:
+        yield from _rows(model, inputs, params, stop_ids)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        need, free = (count / 2**30 for count in (estimate_bytes(model, inputs, params), free_bytes(model.device)))
+        tokens, tiles = sum(map(len, inputs)), sum(len(one.tiles) for one in inputs)
+        raise MemoryError_(
+            f"out of memory on {model.device}: {len(inputs)} prompts of {tokens:,} tokens and {tiles} tiles, answered in up to "
+            f"{params.max_tokens:,} tokens each, need about {need:.1f} GiB with the weights; {free:.1f} GiB are free now. Lower "
+            "--max-tiles, --max-tokens or --batch-items, or take --dtype bfloat16, which halves the weights of float32"
+        ) from error
+
+
+def estimate_bytes(model: VisionLanguageModel, inputs: Sequence[ModelInput], params: SamplingParams) -> int:
+    """About what answering needs: weights, the keys and values of all tokens, and what the largest layer holds meanwhile."""
+    language, vision, size = model.config.language, model.config.vision, model.dtype.itemsize
+    tokens, tiles = sum(map(len, inputs)), sum(len(one.tiles) for one in inputs)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache = 2 * language.num_layers * language.num_kv_heads * language.head_dim * (tokens + len(inputs) * params.max_tokens)
+    prefill = tokens * (8 * language.hidden_size + 3 * language.intermediate_size)
+    patches = min(tiles, TILES_AT_ONCE) * (vision.image_size_px // vision.patch_size_px) ** 2
+    tower = patches * (6 * vision.hidden_size + 2 * vision.intermediate_size)
+    return weights + size * (cache + max(prefill, tower))
+
+
+def require_finite(logits: Tensor, model: VisionLanguageModel) -> None:
+    """Raises NumbersError naming the broken weights, or, where none is, the type: else the answer would be any token, or none."""
+    if bool(torch.isfinite(logits).all()):
+        return
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    kind = str(model.dtype).removeprefix("torch.")
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise NumbersError(
+            f"the model's logits are NaN or infinite, because {', '.join(broken[:3])}{more} hold such numbers; fetch or convert "
+            "the weights again, or teach anew at a lower learning rate"
+        )
+    raise NumbersError(
+        f"the model's logits are NaN or infinite, though its weights are not: {kind} is too narrow for it; take --dtype "
+        + ("bfloat16 or float32" if model.dtype == torch.float16 else "float32")
+    )
+
+
+@torch.inference_mode()
+def _rows(
+    model: VisionLanguageModel, inputs: Sequence[ModelInput], params: SamplingParams, stop_ids: Sequence[int]
+) -> Iterator[tuple[int, int]]:
     lengths = [len(one) for one in inputs]
     total = max(lengths) + params.max_tokens  # fixed at the start: a cached row turns by the same angles throughout
     attend = Dense(len(inputs), model.config.language.num_layers, model.device)
@@ -63,6 +115,7 @@ def generate_rows(
     seen = [one.ids.tolist() for one in inputs]
     rows = list(range(len(inputs)))
     for step in range(params.max_tokens):
+        require_finite(logits, model)
         ids = next_ids(logits, [samplers[row] for row in rows], [seen[row] for row in rows], params)
         alive = [k for k, token in enumerate(ids) if token not in stop_ids]
         for k in alive:

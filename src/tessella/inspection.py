@@ -17,11 +17,12 @@ from tessella.chat import Message, place_marks
 from tessella.checkpoint.adapters import learned_in
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.hub import has_weights, hub_name
+from tessella.checkpoint.names import Layout
 from tessella.checkpoint.published import HUB, PUBLISHED, published_config
-from tessella.checkpoint.read import find_model, layout_of, resolve_head
-from tessella.checkpoint.weights import open_weights
+from tessella.checkpoint.read import check_weights, find_model, layout_of, resolve_head
+from tessella.checkpoint.weights import Weights, open_weights
 from tessella.config import ModelConfig, load_config, model_config, read_config_json
-from tessella.errors import DataError
+from tessella.errors import CheckpointError, DataError
 from tessella.files import write_whole
 from tessella.image import LIMIT_MEGAPIXELS, Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
@@ -194,31 +195,43 @@ class Found:
 
     config: ModelConfig
     folder: Path | None  # None: a published model's built-in config
-    adapter: Path | None
+    adapters: tuple[Path, ...]  # the lowest first
     disk_bytes: int | None  # None: the weights are not here
+    fault: str = ""  # why the weights are not those of the config
 
     @property
     def place(self) -> str:
         if self.folder is None:
             return "none: this is the built-in config of a published model"
-        return str(self.folder) + (f", with the adapter {self.adapter}" if self.adapter else "")
+        return str(self.folder) + "".join(f", with the adapter {adapter}" for adapter in self.adapters)
 
 
 def find(name: str) -> Found:
     """A published name by its built-in config alone; anything else by its folder, its weights not fetched."""
     if name in PUBLISHED and not Path(name).is_dir():
-        return Found(published_config(name), None, None, None)
-    folder, adapter = find_model(name, weights=False)
+        return Found(published_config(name), None, (), None)
+    folder, adapters = find_model(name, weights=False)
     raw = read_config_json(folder)
     config = model_config(raw)
     if hub_name(name) and not Path(name).is_dir() and not has_weights(folder):
-        return Found(config, folder, adapter, None)
+        return Found(config, folder, adapters, None)
     weights = open_weights(folder)
-    return Found(resolve_head(config, weights, layout_of(raw)), folder, adapter, weights.num_bytes())
+    config = resolve_head(config, weights, layout_of(raw))
+    return Found(config, folder, adapters, weights.num_bytes(), fault_of(weights, config, layout_of(raw)))
+
+
+def fault_of(weights: Weights, config: ModelConfig, layout: Layout) -> str:
+    """What is missing, left over or misshapen among the tensors, by their names alone; "" when nothing is."""
+    shapes = {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
+    try:
+        check_weights(weights, shapes, layout, config.language)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[str, Any]:
-    """Parts, parameters and memory of a model, its weights not loaded."""
+    """Parts, parameters and memory of a model, its weights not loaded. Raises CheckpointError when tensors are missing."""
     found = find(name)
     config, parts = found.config, count_parts(found.config)
     where = choose_device(device)
@@ -236,11 +249,13 @@ def inspect_model(name: str, device: str, dtype: str, console: Console) -> dict[
         f"{gib(chat_bytes)} when the context is full",
     }
     print_facts(name, facts, console)
+    if found.fault:
+        raise CheckpointError(f"{found.folder} is no whole model: {found.fault}")
     return {
         "kind": "model",
         "model": name,
         "folder": None if found.folder is None else str(found.folder),
-        "adapter": None if found.adapter is None else str(found.adapter),
+        "adapter": str(found.adapters[-1]) if found.adapters else None,
         "parameters": {**asdict(parts), "total": parts.total},
         "dtype": word,
         "device": str(where),

@@ -31,11 +31,6 @@ MENDABLE = {
 OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError, or the plain RuntimeError with which its CPU allocator, or mapping a file, gives up."""
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-
-
 def tell(message: str) -> int:
     """One clear message on stderr; gives exit code 2."""
     print(f"tessella: {message}", file=sys.stderr)

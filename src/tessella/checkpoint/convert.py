@@ -22,6 +22,7 @@ from tessella.checkpoint.lowrank import named
 from tessella.checkpoint.names import Layout, native_layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
 from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
+from tessella.checkpoint.tensor_proof import Verdict, compare_file
 from tessella.checkpoint.weights import Entry, some
 from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_model
 from tessella.errors import CheckpointError, ConfigError
@@ -162,10 +163,15 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         refuse_official(source)
     entries = source.entries(wish.stored)
     proofs: list[Proofs] = []
+    known: dict[str, Verdict] = {}
+    rounding = wish.stored is not None
+
+    def look(file: Path) -> None:  # while both sides of it are still in the page cache: a large model is read once
+        known.update(compare_file(source, file, layout, rounding=rounding))
 
     def check(written: Path) -> None:
         again = open_source(written)
-        proof = prove(source, again, mode=wish.proof, device=device, rounding=wish.stored is not None)
+        proof = prove(source, again, mode=wish.proof, device=device, rounding=rounding, known=known)
         proof.require(f"{source.path} as {KINDS['official' if layout == 'official' else 'native']}")
         proofs.append(proof)
 
@@ -178,6 +184,7 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         base_folder=source.folder,
         shard_bytes=wish.shard_bytes,
         force=wish.force,
+        look=look,
         check=check,
         plan=plan_of(source, wish),
     )
@@ -197,7 +204,7 @@ def _write_adapter(
     """The adapter of a source alone. What a LoRA training checkpoint holds beside it goes to OUT/base, unless a base is told."""
     if source.adapter is None:
         raise CheckpointError(f"{source.path} is {KINDS[source.kind]} and holds no adapter; say --to official or --to native")
-    plain = replace(source, adapter=None, _last={})
+    plain = replace(source, adapter=None)
     splits = source.kind == "lora" and told_base is None
     if source.kind == "lora" and told_base is not None:
         require_same_base(plain, told_base)

@@ -6,7 +6,7 @@ nothing left that could differ. Where an adapter was merged, the merge is done a
 within a unit in the last place of the stored type; then the logits of the unmerged model are compared too, if it fits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import mul
@@ -14,46 +14,19 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from torch import Tensor
 
 from tessella.chat import render, text_of
 from tessella.checkpoint.progress import byte_bar
 from tessella.checkpoint.source import Source
-from tessella.checkpoint.verify import DROWNED, LIMITS, Proof, compare, conversations, logits_on, probes
-from tessella.checkpoint.weights import some
+from tessella.checkpoint.tensor_proof import TensorProof, Verdict, compare_tensors
+from tessella.checkpoint.verify import LIMITS, Proof, compare, conversations, logits_on, probes
 from tessella.errors import CheckpointError
 from tessella.inputs import Inputs
 from tessella.tokenizer import Tokenizer
 
 Mode = Literal["auto", "tensors", "logits"]
 LOGITS_BYTES = 16 * 2**30  # a larger model in float32 is not run unasked: on a CPU that takes longer than the conversion
-NEAR = 1e-6  # share of a merged weight's largest number that float32 sums may be off by, beside a unit in the last place
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAME_ARITHMETIC = {"InternLM2ForCausalLM": "LlamaForCausalLM"}  # other names for one decoder
-
-
-@dataclass(frozen=True)
-class TensorProof:
-    """How the tensors compare. rounded: equal after rounding to the other side's coarser type; merged: done again in float64."""
-
-    equal: int
-    rounded: int
-    merged: int
-    differing: tuple[str, ...]  # a sentence each
-    num_bytes: int
-    difference_rms: float | None = None  # of the merged numbers from the exact ones, and what the adapter changed them by
-    effect_rms: float | None = None
-
-    @property
-    def drowned(self) -> bool:
-        return self.difference_rms is not None and self.effect_rms is not None and self.difference_rms > DROWNED * self.effect_rms
-
-    def __str__(self) -> str:
-        parts = [f"{self.equal} equal bit by bit"]
-        parts += [f"{self.rounded} equal after rounding"] if self.rounded else []
-        parts += [f"{self.merged} merged within a unit in the last place"] if self.merged else []
-        parts += [f"{len(self.differing)} differ: {some(self.differing, 3)}"] if self.differing else []
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -132,15 +105,25 @@ class Proofs:
                 raise CheckpointError(f"{what} is not the same model as before: {name}: {told}; it was not kept")
 
 
-def prove(a: Source, b: Source, *, mode: Mode = "auto", device: torch.device | None = None, rounding: bool = False) -> Proofs:
+def prove(
+    a: Source,
+    b: Source,
+    *,
+    mode: Mode = "auto",
+    device: torch.device | None = None,
+    rounding: bool = False,
+    known: Mapping[str, Verdict] | None = None,
+) -> Proofs:
     """Compare two models. rounding: another type of storage is no difference, if the numbers are equal in the coarser one.
 
     device: where logits are computed.  mode: "tensors" never runs the models, "logits" always, "auto" where it tells more.
+    known: verdicts on parameters that were compared before, see compare_tensors.
     """
     where = device or torch.device("cpu")
     config, fields = compare_configs(a, b)
-    with byte_bar("comparing", 2 * min(a.num_bytes(), b.num_bytes())) as advance:
-        tensors = compare_tensors(a, b, rounding=rounding, advance=advance)
+    ahead = 2 * min(a.num_bytes(), b.num_bytes()) - sum(verdict.num_bytes for verdict in (known or {}).values())
+    with byte_bar("comparing", ahead) as advance:
+        tensors = compare_tensors(a, b, rounding=rounding, advance=advance, known=known)
     prompts = compare_prompts(a, b)
     why = _why_not(a, b, mode, where, bool(config or tensors.differing or prompts.differing), tensors)
     logits = None if why else compare_logits(a, b, where)
@@ -185,107 +168,6 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif key != "layer_scale_init":  # tells how training began, not what was learned
             flat[prefix + key] = SAME_ARITHMETIC.get(value, value) if key == "architecture" else value
     return flat
-
-
-def compare_tensors(a: Source, b: Source, *, rounding: bool, advance: Callable[[int], None]) -> TensorProof:
-    """Every parameter of either side. One tensor of each is in memory at a time."""
-    counts = {"equal": 0, "rounded": 0, "merged": 0}
-    differing, num_bytes, errors = [], 0, _Errors()
-    for name in dict.fromkeys([*a.shapes, *b.shapes]):
-        if name not in a.shapes or name not in b.shapes:
-            differing.append(f"{name} is missing in {b.path if name in a.shapes else a.path}")
-            continue
-        found, told, size = _compare(a, b, name, rounding, errors)
-        advance(size)
-        num_bytes += size
-        if found == "differing":
-            differing.append(told)
-        else:
-            counts[found] += 1
-    rms = (errors.rms("difference"), errors.rms("effect")) if errors.numbers else (None, None)
-    return TensorProof(**counts, differing=tuple(differing), num_bytes=num_bytes, difference_rms=rms[0], effect_rms=rms[1])
-
-
-class _Errors:
-    """Sums over all merged numbers."""
-
-    def __init__(self) -> None:
-        self.numbers, self.sums = 0, {"difference": 0.0, "effect": 0.0}
-
-    def rms(self, of: str) -> float:
-        return float((self.sums[of] / self.numbers) ** 0.5)
-
-
-def _compare(a: Source, b: Source, name: str, rounding: bool, errors: _Errors) -> tuple[str, str, int]:
-    """("equal", "rounded", "merged" or "differing"; what differs; bytes that were read)."""
-    if a.shapes[name] != b.shapes[name]:
-        hint = ", as if transposed" if a.shapes[name] == b.shapes[name][::-1] else ""
-        return "differing", f"{name} is {a.shapes[name]} and {b.shapes[name]}{hint}", 0
-    if a.touches(name) or b.touches(name):
-        told, size = _compare_merged(a, b, name, errors) if a.touches(name) != b.touches(name) else _compare_changes(a, b, name)
-        return ("differing" if told else "merged"), told, size
-    left, right = a.tensor(name), b.tensor(name)
-    size = left.numel() * left.itemsize + right.numel() * right.itemsize
-    kind = "equal"
-    if left.dtype != right.dtype:
-        coarser = max((left.dtype, right.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        left, right, kind = left.to(coarser), right.to(coarser), "rounded"
-        if not rounding:
-            return "differing", f"{name} is stored as {a.dtype(name)} and {b.dtype(name)}", size
-    if same_bits(left, right):
-        return kind, "", size
-    difference = (left.float() - right.float()).abs()
-    share = float((left != right).float().mean())
-    return (
-        "differing",
-        f"{name} differs in {share:.1%} of its numbers, by up to {float(difference.max()):.2g}{_swapped(b, name, left)}",
-        size,
-    )
-
-
-def _swapped(b: Source, name: str, left: Tensor) -> str:
-    """A word on what may have happened: the classic fault is k in v's place."""
-    for one, other in (("k_proj", "v_proj"), ("v_proj", "k_proj")):
-        twin = name.replace(one, other)
-        if one in name and twin in b.shapes and b.shapes[twin] == left.shape and torch.equal(b.tensor(twin).to(left.dtype), left):
-            return f"; its numbers stand in {twin}"
-    return ""
-
-
-def _compare_merged(a: Source, b: Source, name: str, errors: _Errors) -> tuple[str, int]:
-    """One side holds an adapter, the other what the merge should have given: merge again in float64 -> (what differs, bytes)."""
-    taught, other = (a, b) if a.touches(name) else (b, a)
-    base, stored = taught.untaught(name), other.untaught(name)
-    eps, wrong = torch.finfo(stored.dtype).eps, 0
-    for begin, end, change in taught.changes(name, base):
-        exact = base[begin:end].double() + change
-        difference = (stored[begin:end].double() - exact).abs()
-        near = difference <= eps * exact.abs() + NEAR * exact.abs().max()
-        wrong += near.numel() - int(near.sum())  # so counted a NaN is wrong too
-        errors.numbers += exact.numel()
-        errors.sums["difference"] += float(difference.square().sum())
-        errors.sums["effect"] += float(change.square().sum())
-    told = f"{name} is not what the merge gives, in {wrong / stored.numel():.1%} of its numbers" if wrong else ""
-    return told, base.numel() * base.itemsize + stored.numel() * stored.itemsize
-
-
-def _compare_changes(a: Source, b: Source, name: str) -> tuple[str, int]:
-    """Both sides hold an adapter: the bases must be equal, and what the adapters change -> (what differs, bytes)."""
-    left, right = a.untaught(name), b.untaught(name)
-    size = left.numel() * left.itemsize + right.numel() * right.itemsize
-    if left.dtype != right.dtype or not same_bits(left, right):
-        return f"{name} differs between the bases", size
-    wrong = 0
-    for (_, _, one), (_, _, other) in zip(a.changes(name, left), b.changes(name, right), strict=True):
-        near = (one - other).abs() <= NEAR * one.abs().max()
-        wrong += near.numel() - int(near.sum())
-    return (f"{name} is changed otherwise, in {wrong / left.numel():.1%} of its numbers" if wrong else ""), size
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one type and shape hold the same bits; a NaN equals itself here."""
-    kind = INTEGERS[a.itemsize]
-    return torch.equal(a.contiguous().reshape(-1).view(kind), b.contiguous().reshape(-1).view(kind))
 
 
 def compare_prompts(a: Source, b: Source) -> PromptProof:

@@ -9,17 +9,18 @@ table; when it differs, the weights are believed and the model is read as untied
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import is_adapter, learned_in, read_adapter, read_adapter_config
+from tessella.checkpoint.adapters import CONFIG, is_adapter, learned_in, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.hub import hub_folder, hub_name
-from tessella.checkpoint.lowrank import fit, merge_adapter
+from tessella.checkpoint.lowrank import combined, fit, merge_adapter
 from tessella.checkpoint.names import (
     EMBEDDING,
     HEAD,
@@ -63,49 +64,55 @@ def load(
     max_tiles: int | None = None,
     system: str | None = None,
 ) -> Loaded:
-    """Load a model for inference, an adapter merged in memory if one is given.
+    """Load a model for inference, with the adapters that the name stands for, and one more if it is given, merged in memory.
 
     dtype: "auto" (bfloat16 where the device has it in hardware, else float32), "float32", "bfloat16" or "float16".
     Raises CheckpointError, ConfigError, DownloadError (first use of tessella-nano), MemoryError_.
     """
     where = choose_device(device)  # before the folder is looked for: a first use fetches 93 MB
     number_type = choose_dtype(dtype, where)
-    folder, adapter = find_model(name_or_folder, adapter)
-    model, unused = load_model(folder, device=where, dtype=number_type)
+    folder, adapters = find_model(name_or_folder)
     if adapter is not None:
+        adapters = (*adapters, adapter)
+    model, unused = load_model(folder, device=where, dtype=number_type)
+    if adapters:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        merge_adapter(model, fit(read_adapter(adapter), shapes, model.config.language, native_layout(model.config)))
+        layout = native_layout(model.config)
+        fitted = [fit(read_adapter(one), shapes, model.config.language, layout) for one in adapters]
+        merge_adapter(model, reduce(combined, fitted))
     tokenizer = Tokenizer.load(folder)
     inputs = Inputs(model.config, tokenizer, max_tiles=max_tiles, system=system)
     return Loaded(model, tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
 
 
-def find_model(name_or_folder: str | Path, adapter: Path | None = None, *, weights: bool = True) -> tuple[Path, Path | None]:
-    """What a person typed -> (model folder, adapter folder or None). An adapter names its own base; a run, its result.
+def find_model(
+    name_or_folder: str | Path, *, weights: bool = True, above: tuple[Path, ...] = ()
+) -> tuple[Path, tuple[Path, ...]]:
+    """What a person typed -> (model folder, the adapters on it, the lowest first). An adapter names its base; a run, its result.
 
     A name on a hub is fetched when it is not in the local cache; weights False: its config and tokenizer are enough.
+    above: the adapters whose base this is.
     Raises CheckpointError when it is neither a folder nor a name, DownloadError when it cannot be fetched.
     """
     if str(name_or_folder) == NANO:
-        return nano_folder(), adapter
+        return nano_folder(), ()
     folder = learned_in(Path(name_or_folder).expanduser())
     if not folder.is_dir():
         folder = _from_hub(str(name_or_folder), weights)
     if not is_adapter(folder):
-        return folder, adapter
-    if adapter is not None:
-        raise CheckpointError(f"{folder} is an adapter itself; give its base as the model, and one adapter")
+        return folder, ()
+    if folder.resolve() in above:
+        raise CheckpointError(f"{folder} is, over its bases, its own base; its {CONFIG} must name the model it was taught on")
     base = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
     if not base:
         raise CheckpointError(
             f"{folder} does not say which base it was taught on; give the base as the model and this as the adapter"
         )
-    if base != NANO and is_adapter(Path(base).expanduser()):
-        raise CheckpointError(f"the base of {folder} is itself an adapter ({base}); convert that one first")
     try:
-        return find_model(base, weights=weights)[0], folder
+        model, below = find_model(base, weights=weights, above=(*above, folder.resolve()))
     except (CheckpointError, DownloadError) as error:
         raise CheckpointError(f"the base of {folder} is not to be had: {error}; or name the base yourself") from error
+    return model, (*below, folder)
 
 
 def _from_hub(word: str, weights: bool) -> Path:

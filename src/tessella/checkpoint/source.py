@@ -5,6 +5,7 @@ its base; adapters may lie on adapters.  Out: a Source: config, names, shapes, a
 Tensors are read, not mapped (weights.py), so a model of any size passes through a process that stays small.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined
 from tessella.checkpoint.lowrank import layout_of as layout_of_names
 from tessella.checkpoint.names import Layout, group_of, native_layout
 from tessella.checkpoint.read import check_weights, find_model, layout_of, names_in, resolve_head
+from tessella.checkpoint.streams import Span
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
 from tessella.config import ModelConfig, is_native, load_config, read_config_json
@@ -63,6 +65,13 @@ class Origin:
         return found | {part: LoraScale(alpha) for part, alpha in told.items() if alpha is not None}
 
 
+class _ReadLast(threading.local):
+    """What a thread read last: one may write what another compares."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+
 @dataclass(frozen=True)
 class Source:
     """A model on the disk. Names and shapes are those of our parameters."""
@@ -77,7 +86,8 @@ class Source:
     places: tuple[Path, ...]  # everything that is read from, which must not be written to
     base: str  # what an adapter of this source is taught on, as a person would name it
     shapes: dict[str, tuple[int, ...]]
-    _last: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what was read last
+    # not init: what is made from it with replace() begins with its own
+    _last: _ReadLast = field(init=False, default_factory=_ReadLast, repr=False)
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes that parameter."""
@@ -89,14 +99,20 @@ class Source:
 
     def untaught(self, name: str) -> Tensor:
         """The parameter without the adapter, as stored."""
-        if name not in self._last:
+        if name not in self._last.parts:
             group = group_of(name, self.layout, self.config.language)
+            self._last.parts = {}
             parts = group.to_ours([self.weights.read(stored) for stored in group.stored], self.config.language)
-            self._last.clear()
             if sum(part.numel() * part.itemsize for part in parts.values()) > REMEMBERED_BYTES:
                 return parts[name]
-            self._last.update(parts)  # what is stored together here is asked for part after part, and the other way round
-        return self._last[name]
+            self._last.parts = parts  # what is stored together here is asked for part after part, and the other way round
+        return self._last.parts[name]
+
+    def span(self, name: str) -> Span | None:
+        """Where exactly this parameter's bytes lie; None when it is put together of several, or changed by the adapter."""
+        group = group_of(name, self.layout, self.config.language)
+        is_plain = len(group.ours) == len(group.stored) and not self.touches(name)
+        return self.weights.span(group.stored[0]) if is_plain else None
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter with the adapter merged. It is widened first when it is wanted wider than it is stored."""
@@ -124,10 +140,12 @@ class Source:
 
     def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
         """Every parameter, made when its turn to be written has come; dtype None keeps each one's own."""
-        return [
-            Entry(name, shape, dtype or self.dtype(name), partial(self.tensor, name, dtype))
-            for name, shape in self.shapes.items()
-        ]
+        entries = []
+        for name, shape in self.shapes.items():
+            stored = self.dtype(name)
+            span = self.span(name) if dtype in (None, stored) else None
+            entries.append(Entry(name, shape, dtype or stored, partial(self.tensor, name, dtype), span))
+        return entries
 
     def num_bytes(self) -> int:
         """Bytes of the weights as stored."""
@@ -218,7 +236,7 @@ def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
             "teach it first"
         )
     whole = fitted if below.adapter is None else combined(below.adapter, fitted)
-    return replace(below, path=path, kind=kind, adapter=whole, places=(*below.places, path), _last={})
+    return replace(below, path=path, kind=kind, adapter=whole, places=(*below.places, path))
 
 
 def _open_model(path: Path, kind: Kind, name: str) -> Source:

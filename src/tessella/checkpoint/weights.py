@@ -1,17 +1,19 @@
-"""The tensors of a model folder, mapped or read one at a time, and a writer that holds one tensor at a time.
+"""The tensors of a model folder, mapped or read one at a time, and a writer that holds one tensor or a piece of it at a time.
 
 In: a folder with model.safetensors, or shards and an index.  Out: names, shapes, tensors; nothing is read before asked for.
 A mapped tensor (weights[name]) costs no copy, but the pages it touches stay in our memory; a tensor that is read
 (weights.read(name)) is a copy that goes when its user lets go of it. Running a model maps, streaming a folder reads.
+A tensor that only gets another name is not made at all: its bytes pass from file to file in pieces (weights.span(name)).
 Only safetensors: a pickle of a stranger is never opened.
 Source of the format: huggingface/safetensors, README ("Format").
 """
 
+import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +23,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tessella.checkpoint.streams import PIECE_BYTES, NewFile, Span, new_buffers, read_into
 from tessella.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+AHEAD = 4  # pieces that are read before the oldest of them is written: on a busy machine threads come late to their turn
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 32 * 2**20  # written and hashed at once, side by side
 
 
 class Weights:
     """The tensors of one folder or file, by name."""
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], *, past_cache: bool = False):
+        self._past_cache = past_cache  # spans are read from the disk itself
         self._handles: dict[str, Any] = {}
         self._begins: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._stored: dict[str, str] = {}  # its name in the file, where select gave it another
@@ -65,24 +69,23 @@ class Weights:
         """A view of the mapped file."""
         return self._handles[name].get_tensor(self._stored.get(name, name))
 
+    def span(self, name: str) -> Span:
+        """Where the tensor's bytes lie."""
+        num_bytes = _count(self.shapes[name]) * self.dtypes[name].itemsize
+        return Span(self.files[name], self._begins[name], num_bytes, name, self._past_cache)
+
     def read(self, name: str) -> Tensor:
         """A copy in memory; nothing of the file stays mapped behind it. Raises CheckpointError when the file ends early."""
-        raw = torch.empty(_count(self.shapes[name]) * self.dtypes[name].itemsize, dtype=torch.uint8)
-        block, done = memory_of(raw), 0
-        with self.files[name].open("rb", buffering=0) as file:
-            file.seek(self._begins[name])
-            while done < len(block):  # one read gives at most 2 GiB
-                got = file.readinto(block[done:])
-                if not got:
-                    raise CheckpointError(
-                        f"{self.files[name]} ends within {name}; it was changed meanwhile: fetch or write it again"
-                    )
-                done += got
+        span = self.span(name)
+        raw = torch.empty(span.num_bytes, dtype=torch.uint8)
+        with span.file.open("rb", buffering=0) as file:
+            if read_into(file.fileno(), memory_of(raw), span.begin, span.num_bytes) < span.num_bytes:
+                raise CheckpointError(f"{span.file} ends within {name}; it was changed meanwhile: fetch or write it again")
         return raw.view(self.dtypes[name]).reshape(self.shapes[name])
 
     def select(self, names: Mapping[str, str]) -> "Weights":
         """Some of the tensors under other names: new name -> name here."""
-        chosen = Weights([])
+        chosen = Weights([], past_cache=self._past_cache)
         for new, old in names.items():
             chosen._handles[new], chosen._begins[new] = self._handles[old], self._begins[old]
             chosen._stored[new] = self._stored.get(old, old)
@@ -153,6 +156,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]  # called once, when its turn to be written has come
+    span: Span | None = None  # where exactly these bytes lie already: then they are copied, and nothing is made
 
     @property
     def num_bytes(self) -> int:
@@ -175,7 +179,7 @@ def _nothing(_: int) -> None:
 def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], None] = _nothing) -> str:
     """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256.
 
-    advance: called with the number of bytes after each piece that was written, for a progress bar.
+    advance: called with the number of bytes of each piece when its turn to be written has come, for a progress bar.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -189,25 +193,42 @@ def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], No
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % 64)  # the data then begins at a multiple of 64, which mapped reads like
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    with (
+        contextlib.closing(NewFile(path, len(head) + offset)) as file,
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        under_way: deque[tuple[Future[None], Future[None]]] = deque()
 
-        def put(block: memoryview | bytes) -> None:
-            hashed = beside.submit(digest.update, block)  # hashing and writing each take their time; neither waits for the other
-            file.write(block)
-            hashed.result()
+        def settle(left: int) -> None:
+            while len(under_way) > left:
+                for done in under_way.popleft():
+                    done.result()
 
-        put(len(head).to_bytes(8, "little") + head)
-        for entry in entries:
-            tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
-            assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
-            block = memory_of(tensor)
-            for begin in range(0, len(block), CHUNK_BYTES):
-                piece = block[begin : begin + CHUNK_BYTES]
-                put(piece)
-                advance(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
+        # The next pieces are read, or made, while the last ones are hashed and written; each of the three takes its time.
+        for piece in _pieces(len(head).to_bytes(8, "little") + head, entries):
+            under_way.append((hashing.submit(digest.update, piece), writing.submit(file.write, piece)))
+            advance(len(piece))
+            settle(AHEAD)
+        settle(0)
+        file.finish()
     return digest.hexdigest()
+
+
+def _pieces(head: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]:
+    """All bytes of a file. A piece stands until AHEAD others were asked for."""
+    buffers = new_buffers(AHEAD + 1)
+    yield memoryview(head)
+    for entry in entries:
+        if entry.span is not None:
+            assert entry.span.num_bytes == entry.num_bytes, f"{entry.name}: {entry.span.num_bytes} bytes for {entry.num_bytes}"
+            yield from entry.span.pieces(buffers)
+            continue
+        tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
+        assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
+        block = memory_of(tensor)
+        for begin in range(0, len(block), PIECE_BYTES):
+            yield block[begin : begin + PIECE_BYTES]
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -10,6 +10,7 @@ a relative of InternVL keeps its own layout, and its base's files beside its wei
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ def write_model(
     files: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    look: Callable[[Path], None] | None = None,
     check: Callable[[Path], None] | None = None,
     plan: str | None = None,
 ) -> Path:
@@ -63,6 +65,7 @@ def write_model(
     parameters: under our names, every parameter of the config's model.  end_ids: tokens that end a turn, for generation_config.
     base_folder: a folder of either layout; what its config.json says beyond ours stays, tokenizer and *.py are carried over.
     files: further text files by name, as {"tokenizer.json": …}; at least a tokenizer when there is no base_folder.
+    look: called with each file of weights when it is done, beside the writing of the next; what it raises stops the writing.
     check: called with the folder while it still lies aside; what it raises leaves nothing behind.
     plan: see new_folder; shards that a stopped run with this plan finished are not written again.
     Raises CheckpointError when the folder must not be written over, the disk has no room, or it cannot be written;
@@ -76,7 +79,7 @@ def write_model(
     with new_folder(folder, num_bytes=num_bytes + num_side_bytes, force=force, known_hashes=hashes, plan=plan) as aside:
         hashes |= finished_files(aside)
         write_side_files(aside, config, layout, dtype_name(entries), end_ids, base_folder, files or {})
-        _write_shards(aside, shards, hashes)
+        _write_shards(aside, shards, hashes, look)
         if len(shards) > 1:
             write_index(aside, shards)
         if check is not None:
@@ -84,13 +87,25 @@ def write_model(
     return folder
 
 
-def _write_shards(folder: Path, shards: Mapping[str, Sequence[Entry]], hashes: dict[str, str]) -> None:
+def _write_shards(
+    folder: Path, shards: Mapping[str, Sequence[Entry]], hashes: dict[str, str], look: Callable[[Path], None] | None
+) -> None:
     """Write the shards that hashes does not hold yet, noting each in it and in the folder as it is done."""
     missing = {name: part for name, part in shards.items() if name not in hashes}
-    with byte_bar("writing", sum(entry.num_bytes for part in missing.values() for entry in part)) as advance:
-        for name, part in missing.items():
-            hashes[name] = write_file(folder / name, part, advance)
-            note_finished(folder, name, hashes[name])
+    total = sum(entry.num_bytes for part in missing.values() for entry in part)
+    beside = ThreadPoolExecutor(1)
+    looks: list[Future[None]] = []
+    try:
+        with byte_bar("writing", total) as advance:
+            for name, part in missing.items():
+                hashes[name] = write_file(folder / name, part, advance)
+                note_finished(folder, name, hashes[name])
+                if look is not None:
+                    looks.append(beside.submit(look, folder / name))
+            for one in looks:
+                one.result()
+    finally:
+        beside.shutdown(cancel_futures=True)
 
 
 write_official = partial(write_model, layout="official")
@@ -121,10 +136,10 @@ def write_side_files(
     for name, text in files.items():
         (official / name).write_text(text, encoding="utf-8")
     old_generation = read_json(kept.generation) if kept and kept.generation else {}
-    _write_json(official / "config.json", _official_json(config, stored, kept.config if kept else None))
-    _write_json(official / "generation_config.json", generation_config(old_generation, end_ids))
+    write_json(official / "config.json", _official_json(config, stored, kept.config if kept else None))
+    write_json(official / "generation_config.json", generation_config(old_generation, end_ids))
     if not (official / "preprocessor_config.json").is_file():
-        _write_json(official / "preprocessor_config.json", preprocessor_config(config))
+        write_json(official / "preprocessor_config.json", preprocessor_config(config))
     if layout == "native":
         _write_native_files(folder, official, config, stored, end_ids)
 
@@ -135,12 +150,12 @@ def _write_native_files(folder: Path, official: Path, config: ModelConfig, store
         (folder / name).write_text(text, encoding="utf-8")
     tokenizer, template = Tokenizer.load(folder), template_named(config.template)
     raw = native_config(config, stored, image_token_id=tokenizer.id_of(SLOT), end_id=end_ids[0])
-    _write_json(folder / "config.json", raw)
-    _write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
     bos = tokenizer.name_of(tokenizer.bos_id) if template.add_bos and tokenizer.bos_id is not None else None
     (folder / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
     for name, content in native_processor_files(config).items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
 
 
 def _write_relative_files(folder: Path, config: ModelConfig, stored: str, end_ids: Sequence[int], base_folder: Path) -> None:
@@ -152,10 +167,10 @@ def _write_relative_files(folder: Path, config: ModelConfig, stored: str, end_id
     if model_config(raw).language.tie_embeddings != config.language.tie_embeddings:  # resolve_head believed the weights
         raw["tie_word_embeddings"] = config.language.tie_embeddings
         raw["text_config"] = {**raw["text_config"], "tie_word_embeddings": config.language.tie_embeddings}
-    _write_json(folder / "config.json", raw)
+    write_json(folder / "config.json", raw)
     generation = base_folder / "generation_config.json"
     old = read_json(generation) if generation.is_file() else {}
-    _write_json(folder / "generation_config.json", generation_config(old, end_ids))
+    write_json(folder / "generation_config.json", generation_config(old, end_ids))
 
 
 @dataclass(frozen=True)
@@ -211,9 +226,10 @@ def stored_entries(parameters: Sequence[Entry], layout: Layout, language: Langua
         missing = [name for name in group.ours if name not in by_name]
         if missing:
             raise CheckpointError(f"{group.stored[0]} cannot be written without {', '.join(missing)}")
-        dtype = by_name[group.ours[0]].dtype
+        first = by_name[group.ours[0]]
+        span = first.span if len(group.ours) == len(group.stored) else None
         entries += [
-            Entry(stored, shape, dtype, partial(make, group, stored))
+            Entry(stored, shape, first.dtype, partial(make, group, stored), span)
             for stored, shape in stored_shapes(group, shapes, language).items()
         ]
     return entries
@@ -238,7 +254,7 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
     """The index of a folder's shards."""
     weight_map = {entry.name: name for name, part in shards.items() for entry in part}
     total = sum(entry.num_bytes for part in shards.values() for entry in part)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _official_json(config: ModelConfig, stored: str, base: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -257,5 +273,5 @@ def _untied(config: ModelConfig) -> ModelConfig:
     return replace(config, language=replace(config.language, tie_embeddings=False))
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
 """Where a model runs and in which number type, chosen by itself or told.
 
-In: "auto" or a name.  Out: torch.device and torch.dtype.
+In: "auto" or a name.  Out: torch.device and torch.dtype; and how much memory is free there.
 """
 
+import psutil
 import torch
 
 from tessella.errors import ConfigError
@@ -41,3 +42,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -5,9 +5,10 @@ In: keys, and a function that computes what is not kept.  Out: the tensors, in t
 
 from collections.abc import Callable, Iterable, Sequence
 
-import psutil
 import torch
 from torch import Tensor
+
+from tessella.model.device import free_bytes
 
 SHARE_OF_FREE = 0.25  # of the device's free memory that may be taken
 
@@ -51,10 +52,3 @@ def chosen(tiles: Tensor, places: list[int]) -> Tensor:
     """tiles[places]. Side by side they stay a slice of page-locked memory, from which a GPU copies while it computes."""
     first, end = places[0], places[-1] + 1
     return tiles[first:end] if places == list(range(first, end)) else tiles[places]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

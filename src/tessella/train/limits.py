@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
-from tessella.errors import MemoryError_
+from tessella.errors import MemoryError_, is_out_of_memory
+from tessella.model.device import free_bytes
 from tessella.model.vision_language import VisionLanguageModel
-from tessella.train.features import free_bytes
 from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
 
@@ -68,9 +66,8 @@ def memory_told(recipe: Recipe, model: VisionLanguageModel, taught: Taught) -> I
     """Turn what an allocator raises into MemoryError_ with the estimate and what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-        if not out:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         need = estimate_bytes(model, taught, recipe.tokens_per_pass) / 2**30
         free = free_bytes(model.device) / 2**30

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tessella.checkpoint.adapters import is_adapter
-from tessella.checkpoint.read import Loaded, find_model, load
+from tessella.checkpoint.adapters import learned_in
+from tessella.checkpoint.read import Loaded, load
 from tessella.errors import DataError, TrainingError
 from tessella.inputs import Inputs
 from tessella.train.batch import StepData, Steps
@@ -68,9 +68,6 @@ def train(
     """
     started = time.monotonic()
     check_output(recipe)
-    folder, adapter = find_model(recipe.model)
-    if adapter is not None or is_adapter(folder):
-        raise TrainingError(f"{recipe.model} is an adapter; tessella convert makes it a model folder, which can be taught")
     torch.manual_seed(recipe.seed)  # initial LoRA, and dropout
     loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, max_tiles=recipe.max_tiles, system=recipe.system)
     loaded.inputs = Inputs(
@@ -90,6 +87,9 @@ def train(
 
 def check_output(recipe: Recipe) -> None:
     """Raises TrainingError when the output holds another run that would be lost."""
+    base = learned_in(Path(recipe.model).expanduser()).resolve()
+    if base in [(recipe.output / name).resolve() for name in ("adapter", "model")]:
+        raise TrainingError(f"{base} is taught further, and would be written over; give another --output")
     if not recipe.resume and saved(recipe.output):
         raise TrainingError(f"{recipe.output} holds a run already; say --resume to go on with it, or give another --output")
 
