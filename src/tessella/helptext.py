@@ -90,3 +90,13 @@ examples:
   tessella demo
   tessella demo --output runs/demo --json demo.json
   tessella demo --foods 12                           a short one"""
+
+UI = """The web chat: a page that asks a server, with pictures, side by side if wanted.
+
+examples:
+  tessella ui                                        asks the server that tessella serve started on this machine
+  tessella ui --server http://gpu-box:8000           another one; TESSELLA_API_KEY holds its key
+  tessella ui --pictures dishes/                     dishes/KIND/*.jpg in the quick bar
+  tessella ui --host 0.0.0.0 --port 7860             for others in the house, behind a password that is printed
+
+It loads nothing from elsewhere, tells nobody, and opens no tunnel (--share would, and asks first)."""

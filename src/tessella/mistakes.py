@@ -29,6 +29,7 @@ MENDABLE = {
 
 # Packages that only some commands need -> how to get them.
 OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
+OPTIONAL |= dict.fromkeys(("gradio", "httpx", "markdown_it"), "the web chat needs the ui extra: pip install 'tessella[ui]'")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
