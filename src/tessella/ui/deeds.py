@@ -92,7 +92,7 @@ class Deeds:
         yield self.view(talk, language), gr.update(submit_btn=True, stop_btn=False)
 
     def _refuse(self, trouble: Trouble, language: str) -> tuple[Any, Any]:
-        gr.Warning(escape(trouble.sentence(language)), title="")
+        gr.Warning(escape(trouble.sentence(language)), duration=8, title="")
         return gr.skip(), gr.skip()
 
     def _copy(self, kind: int, number: int) -> str:
@@ -154,17 +154,6 @@ class Deeds:
         talk.stop()
         talk.turns.clear()
         return self.view(talk, language), gr.update(value=None)
-
-    # ---- pictures
-
-    def show_camera(self, camera: str | None) -> Update:
-        return gr.update(visible=True)
-
-    def shoot(self, camera: str | None, box: Update) -> tuple[Any, Any]:
-        """The camera's picture goes into the box, and the camera goes away."""
-        if camera is None:
-            return gr.skip(), gr.skip()
-        return {"text": box["text"], "files": [*box["files"], camera]}, gr.update(value=None, visible=False)
 
     # ---- saving
 

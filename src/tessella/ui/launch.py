@@ -160,6 +160,9 @@ def _ask_itself_directly() -> None:
 def _launch(blocks: gr.Blocks, options: Options, password: str | None, folder: Path) -> str:
     hosts = (*LOOPBACK, options.host, *options.allowed_hosts) if options.closed else ()
     theme = gr.themes.Base(primary_hue="teal", secondary_hue="teal", font=FONTS, font_mono=("ui-monospace", "monospace"))
+    # Gradio's grey on white is too faint to be read by all (WCAG AA wants 4.5 to 1).
+    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     common: dict[str, Any] = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "run_history": False}
     closed: dict[str, Any] = {"enable_monitoring": False, "ssr_mode": False, "mcp_server": False, "pwa": False, "strict_cors": True}
     try:

@@ -15,7 +15,7 @@ from tessella.ui.deeds import Deeds
 from tessella.ui.quickbar import quick_bar
 from tessella.ui.shelf import Row
 from tessella.ui.talk import Talk
-from tessella.ui.transcript import turns_as_parts
+from tessella.ui.transcript import icon_button, turns_as_parts
 from tessella.ui.words import LANGUAGES, say
 
 HERE = Path(__file__).parent
@@ -55,8 +55,7 @@ class Parts:
     transcript: gr.HTML
     quick: gr.HTML
     box: gr.MultimodalTextbox
-    camera_button: gr.Button
-    camera: gr.Image
+    camera: gr.HTML
     heading: gr.HTML
     model: gr.Dropdown
     compare: gr.Checkbox
@@ -92,13 +91,11 @@ class Parts:
             self.tiles: "tiles",
             self.seed: "seed",
             self.system: "system",
-            self.camera: "take_picture",
             self.box: "box",
         }
         infos = {self.temperature: "temperature_info", self.tiles: "tiles_info", self.seed: "seed_info", self.system: "system_info"}
         values = {
             self.new: "new",
-            self.camera_button: "camera",
             self.export_json: "export_json",
             self.export_row: "export_row",
             self.export_row_second: "export_row_second",
@@ -113,6 +110,7 @@ class Parts:
         said[self.box]["placeholder"] = say(language, "placeholder")
         said[self.heading] = {"value": f"<h2>{say(language, 'settings')}</h2>"}
         said[self.export_heading] = {"value": f"<h2>{say(language, 'export')}</h2>"}
+        said[self.camera] = {"value": camera_html(language)}
         said[self.title] = {"value": f"<h1>{say(language, 'title')}</h1>"}
         return said
 
@@ -143,13 +141,11 @@ def _lay_out(rows: Sequence[Row], folder: Path) -> Parts:
     transcript = gr.HTML(
         turns_as_parts([], language, folder, busy=False),
         html_template='<p class="empty"></p><div class="turns" role="log" tabindex="0"></div>',
-        js_on_load=(HERE / "transcript.js").read_text(encoding="utf-8"),
+        js_on_load=_script("transcript"),
         apply_default_css=False,
         elem_id="transcript",
     )
-    quick = gr.HTML(
-        quick_bar(rows, 0, language), js_on_load=(HERE / "quickbar.js").read_text(encoding="utf-8"), apply_default_css=False, elem_id="quick"
-    )
+    quick = gr.HTML(quick_bar(rows, 0, language), js_on_load=_script("quickbar"), apply_default_css=False, elem_id="quick")
     with gr.Row(elem_id="ask"):
         box = gr.MultimodalTextbox(
             file_count="multiple",
@@ -161,9 +157,23 @@ def _lay_out(rows: Sequence[Row], folder: Path) -> Parts:
             elem_id="box",
             scale=1,
         )
-        camera_button = gr.Button(size="sm", elem_id="camera-button", min_width=60, scale=0)
-    camera = gr.Image(sources=["webcam"], type="filepath", visible=False, elem_id="camera", height=300, webcam_options=gr.WebcamOptions(mirror=False))
-    return Parts(**state, **side, **head, transcript=transcript, quick=quick, box=box, camera_button=camera_button, camera=camera)
+        camera = gr.HTML(camera_html(language), js_on_load=_script("camera"), apply_default_css=False, elem_id="camera")
+    return Parts(**state, **side, **head, transcript=transcript, quick=quick, box=box, camera=camera)
+
+
+def _script(name: str) -> str:
+    return (HERE / f"{name}.js").read_text(encoding="utf-8")
+
+
+def camera_html(language: str) -> str:
+    """A button and the dialog that it opens; camera.js does the rest."""
+    take, cancel = say(language, "take_picture"), say(language, "cancel")
+    opener = icon_button("camera", say(language, "camera"), 'data-do="open"')
+    return (
+        f'{opener}<dialog aria-label="{take}">'
+        f'<video autoplay playsinline muted></video><p class="trouble" role="alert" hidden>{say(language, "no_camera")} <span></span></p>'
+        f'<button type="button" data-do="shoot">{take}</button> <button type="button" data-do="close">{cancel}</button></dialog>'
+    )
 
 
 def _settings(language: str) -> dict[str, Any]:
@@ -201,8 +211,6 @@ def _wire(blocks: gr.Blocks, parts: Parts, deeds: Deeds) -> None:
     parts.transcript.undo(deeds.undo, [parts.talk, parts.language], [parts.transcript, parts.box], **at_once)
     parts.transcript.input(deeds.correct, [parts.talk, parts.language], parts.transcript, **at_once)
     parts.new.click(deeds.new, [parts.talk, parts.language], [parts.transcript, parts.box], **quiet)
-    parts.camera_button.click(deeds.show_camera, parts.camera, parts.camera, **at_once)
-    parts.camera.input(deeds.shoot, [parts.camera, parts.box], [parts.box, parts.camera], **quiet)
     columns = [parts.second, parts.export_row_second]
     parts.compare.change(deeds.compare, parts.compare, columns, **at_once)
     saved = [parts.talk, parts.language]

@@ -23,6 +23,7 @@ ICONS = {
     "copy": "M8 8V4h12v12h-4M4 8h12v12H4z",
     "retry": "M4 12a8 8 0 1 1 3 6.2M4 12V6m0 6h6",
     "edit": "M4 20l1-5L16 4l4 4L9 19z",
+    "camera": "M4 8h4l2-3h4l2 3h4v11H4zM12 16.5a3.5 3.5 0 1 0 0-7 3.5 3.5 0 0 0 0 7z",
     "undo": "M9 14L4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3",
 }
 
@@ -103,10 +104,13 @@ def address_of(path: Path) -> str:
 
 
 def _button(action: str, number: int, column: int, language: str, icon: str = "") -> str:
-    name = say(language, action)
-    drawn = f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{ICONS[icon or action]}"/></svg>'
-    place = f'data-action="{action}" data-turn="{number}" data-column="{column}"'
-    return f'<button type="button" {place} aria-label="{name}" title="{name}">{drawn}</button>'
+    return icon_button(icon or action, say(language, action), f'data-action="{action}" data-turn="{number}" data-column="{column}"')
+
+
+def icon_button(icon: str, name: str, data: str) -> str:
+    """A button that is a drawing, with its name for those who do not see it."""
+    drawn = f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{ICONS[icon]}"/></svg>'
+    return f'<button type="button" class="icon" {data} aria-label="{name}" title="{name}">{drawn}</button>'
 
 
 def facts(answer: Answer, language: str) -> str:

@@ -31,6 +31,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "export_row_second": ("Training sample, second model", "训练样本（第二个模型）"),
     "camera": ("Camera", "拍照"),
     "take_picture": ("Take a picture", "拍一张照片"),
+    "no_camera": (
+        "The browser gives no camera; it may be forbidden, and a page of another machine needs https for it.",
+        "浏览器无法使用摄像头：可能被禁止；若页面来自其他机器，需要 https。",
+    ),
     "placeholder": ("Ask about a picture: drop it here, paste it, or press the clip", "就图片提问：拖到这里、粘贴，或点回形针"),
     "upload": ("Show a picture from a file", "从文件选择图片"),
     "submit": ("Ask", "提问"),
