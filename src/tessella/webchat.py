@@ -38,7 +38,9 @@ class Ui:
     """Port to listen on; default: the first free one from 7860."""
     password: str | None = None
     """Asked of whoever opens the page (user: tessella); default: none here, a fresh one on any other address."""
-    allowed_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help="A name by which a reverse proxy calls the page.")] = ()
+    allowed_host: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help="A name by which a reverse proxy calls the page.")
+    ] = ()
     share: bool = False
     """Open a public tunnel through Gradio's company; asks first."""
     open: bool = True

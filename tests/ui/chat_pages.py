@@ -68,7 +68,9 @@ class Chat:
         """Press Tab until the thing of that name has the focus."""
         for _ in range(150):
             self.page.keyboard.press("Tab")
-            named = "document.activeElement.getAttribute('aria-label') || document.activeElement.closest('label, button')?.innerText"
+            named = (
+                "document.activeElement.getAttribute('aria-label') || document.activeElement.closest('label, button')?.innerText"
+            )
             alt = "document.activeElement.querySelector?.('img')?.alt"
             if name in (self.page.evaluate(f"({named} || {alt} || '').trim()"), self.page.evaluate(alt)):
                 return

@@ -54,12 +54,17 @@ def answer_to(body: dict[str, Any]) -> str:
 
 
 def chunk(model: str, **fields: Any) -> bytes:
-    return f"data: {json.dumps({'object': 'chat.completion.chunk', 'model': model, 'choices': [], **fields}, ensure_ascii=False)}\n\n".encode()
+    piece = {"object": "chat.completion.chunk", "model": model, "choices": [], **fields}
+    return f"data: {json.dumps(piece, ensure_ascii=False)}\n\n".encode()
 
 
 async def pieces(body: dict[str, Any]) -> AsyncIterator[bytes]:
     model, question, text = body["model"], last_question(body["messages"]), answer_to(body)
-    words = [f"word{number} " for number in range(100)] if "slowly" in question else [text[at : at + 6] for at in range(0, len(text), 6)]
+    words = (
+        [f"word{number} " for number in range(100)]
+        if "slowly" in question
+        else [text[at : at + 6] for at in range(0, len(text), 6)]
+    )
     try:
         for number, word in enumerate(words):
             await asyncio.sleep(0.1 if "slowly" in question else 0.01)
@@ -71,7 +76,12 @@ async def pieces(body: dict[str, Any]) -> AsyncIterator[bytes]:
         raise
     yield chunk(model, choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
     pictures = len(colours(body["messages"]))
-    usage = {"prompt_tokens": 7 + 256 * pictures, "completion_tokens": len(words), "total_tokens": 7 + len(words), "tiles": pictures}
+    usage = {
+        "prompt_tokens": 7 + 256 * pictures,
+        "completion_tokens": len(words),
+        "total_tokens": 7 + len(words),
+        "tiles": pictures,
+    }
     yield chunk(model, usage=usage)
     yield b"data: [DONE]\n\n"
 
@@ -80,7 +90,9 @@ async def complete(request: Request) -> Response:
     body = await request.json()
     seen.append(body)
     if "refuse" in last_question(body["messages"]):
-        return JSONResponse({"error": {"message": "4,812 tokens; at most 4,096: fewer tiles", "type": "invalid_request_error"}}, 400)
+        return JSONResponse(
+            {"error": {"message": "4,812 tokens; at most 4,096: fewer tiles", "type": "invalid_request_error"}}, 400
+        )
     return StreamingResponse(pieces(body), media_type="text/event-stream")
 
 

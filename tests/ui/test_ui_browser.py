@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from chat_pages import Chat
-from conftest import StandIn, wait_for
+from chat_processes import StandIn, wait_for
+
 from tessella.train.readers import draft_row
 
 
@@ -204,9 +204,7 @@ def test_what_an_answer_marks_is_drawn_on_the_picture(chat: Chat, picture: Calla
     assert chat.page.inner_text(".boxed figcaption") == "1 red square"
 
 
-def test_a_conversation_is_saved_and_can_be_learned_from(
-    chat: Chat, picture: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_conversation_is_saved_and_can_be_learned_from(chat: Chat, picture: Callable[[str], Path], tmp_path: Path) -> None:
     chat.page.get_by_role("button", name="Conversation (JSON)").click()
     chat.page.get_by_text("Nothing was said yet").wait_for()
     chat.show(picture("#ff0000"))
@@ -243,7 +241,9 @@ def test_nothing_that_a_model_says_runs_or_loads(chat: Chat) -> None:
     wait_for(lambda: chat.refused.pop() if chat.refused else chat.page.wait_for_timeout(50), 5)
 
 
-def test_the_server_may_be_killed_and_come_back(browser: Any, serve_chat: Callable[..., str], picture: Callable[[str], Path]) -> None:
+def test_the_server_may_be_killed_and_come_back(
+    browser: Any, serve_chat: Callable[..., str], picture: Callable[[str], Path]
+) -> None:
     server = StandIn()
     server.start()
     chat = Chat(browser.new_context(locale="en-US"), serve_chat("--server", server.url))

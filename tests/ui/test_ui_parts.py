@@ -50,7 +50,13 @@ def test_every_word_has_two_languages_and_the_same_values() -> None:
 
 @pytest.mark.parametrize(
     ("accepted", "language"),
-    [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("en-US,en;q=0.9,zh;q=0.8", "en"), ("de-DE,de;q=0.9", "en"), ("", "en"), ("fr, zh-TW", "zh")],
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("en-US,en;q=0.9,zh;q=0.8", "en"),
+        ("de-DE,de;q=0.9", "en"),
+        ("", "en"),
+        ("fr, zh-TW", "zh"),
+    ],
 )
 def test_a_browser_is_spoken_to_as_it_prefers(accepted: str, language: str) -> None:
     assert words.language_of(accepted) == language
@@ -113,8 +119,13 @@ def test_what_is_no_picture_is_told_with_its_name(content: bytes, tmp_path: Path
 def test_boxes_are_found_and_read_as_numbers() -> None:
     text = "A <ref>dumpling</ref><box>[[10, 20, 500, 600], [0,0,1000,1000]]</box> and <box>[5,5,9,9]</box>."
     assert boxes_in(text) == [Box("dumpling", 10, 20, 500, 600), Box("dumpling", 0, 0, 1000, 1000), Box("", 5, 5, 9, 9)]
-    assert without_tags(text) == "A dumpling ①② and  ③."
-    for senseless in ("<box>[[500, 20, 10, 600]]</box>", "<box>[[0, 0, 2000, 5]]</box>", "<box>[[1, 2, 3]]</box>", "<box>no</box>"):
+    assert without_tags(text) == "A dumpling ①② and ③."
+    for senseless in (
+        "<box>[[500, 20, 10, 600]]</box>",
+        "<box>[[0, 0, 2000, 5]]</box>",
+        "<box>[[1, 2, 3]]</box>",
+        "<box>no</box>",
+    ):
         assert boxes_in(senseless) == [] and without_tags(senseless) == senseless
 
 
@@ -129,11 +140,13 @@ def test_a_box_is_drawn_where_it_is(red: Picture, tmp_path: Path) -> None:
 
 
 def test_nothing_said_becomes_html_of_its_own() -> None:
-    html = markdown('<img src=x onerror=alert(1)> ![x](http://e.example/x.png) [a](javascript:alert(1)) `<b>` **ok**')
+    html = markdown("<img src=x onerror=alert(1)> ![x](http://e.example/x.png) [a](javascript:alert(1)) `<b>` **ok**")
     assert "<img" not in html and 'href="javascript' not in html and "&lt;b&gt;" in html and "<strong>ok</strong>" in html
     assert 'rel="noopener noreferrer"' in markdown("[a](https://e.example)")
     parts = turns_as_parts([answered('" onmouseover="x', "a")], "en", Path("."), busy=False)
-    assert "&quot; onmouseover=&quot;x" in parts["turns"][0]["question"] and '" onmouseover="x' not in parts["turns"][0]["question"]
+    assert (
+        "&quot; onmouseover=&quot;x" in parts["turns"][0]["question"] and '" onmouseover="x' not in parts["turns"][0]["question"]
+    )
 
 
 def test_numbers_that_nobody_gave_are_not_told() -> None:
@@ -165,7 +178,7 @@ def test_a_folder_of_ones_own_has_a_row_for_each_subfolder(tmp_path: Path, pictu
     assert found == [("a", ["three"]), ("b", ["one", "two"]), ("mine", ["five"])]
     assert thumbnail(rows[0].items[0].path).startswith("data:image/webp;base64,")
     for wrong in (tmp_path / "mine" / "empty", tmp_path / "nowhere", tmp_path / "mine" / "five.png"):
-        with pytest.raises(DataError, match="give a folder|no picture"):
+        with pytest.raises(DataError, match=r"give a folder|no picture"):
             rows_of_folder(wrong)
 
 
@@ -228,7 +241,9 @@ def test_an_answer_may_hold_any_sign(odd_server: Callable[[int, bytes], Server])
     assert asyncio.run(all_pieces(server)) == [said]
 
 
-def test_models_of_several_servers_are_told_apart(odd_server: Callable[[int, bytes], Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_several_servers_are_told_apart(
+    odd_server: Callable[[int, bytes], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked the way to this machine itself
     one, odd, away = odd_server(200, b'{"data": [{"id": "tiny"}]}'), odd_server(200, b"{}"), Server("http://127.0.0.1:9")
     found, troubles = asyncio.run(choices((one, odd, away)))

@@ -78,7 +78,9 @@ def draw(picture: Picture, boxes: list[Box], folder: Path) -> Path:
     return path
 
 
-def _label(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
+def _label(
+    pen: ImageDraw.ImageDraw, text: str, left: int, top: int, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> None:
     """A number on a patch of the box's colour. A number, since Pillow's own font has no Chinese; the page lists the labels."""
     x1, y1, x2, y2 = pen.textbbox((left, top), text, font=font)
     pen.rectangle((x1, y1, x2 + 6, y2 + 4), fill=colour)

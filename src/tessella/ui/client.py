@@ -86,7 +86,7 @@ def _is_here(url: str) -> bool:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """The data of server-sent events. Split at newlines alone: httpx's own lines also break at U+2028, which an answer may hold."""
+    """The data of server-sent events. Split at newlines alone: httpx's own lines end at U+2028 too, which an answer may hold."""
     rest = b""
     async for some in response.aiter_bytes():
         *lines, rest = (rest + some).split(b"\n")

@@ -20,7 +20,7 @@ from tessella.ui.shelf import Row
 from tessella.ui.talk import Talk
 from tessella.ui.transcript import turns_as_parts
 from tessella.ui.trouble import Trouble
-from tessella.ui.words import QUESTIONS, language_of, say
+from tessella.ui.words import QUESTIONS, language_of
 
 Update = dict[str, Any]
 Steps = AsyncIterator[tuple[Any, ...]]
@@ -124,7 +124,14 @@ class Deeds:
             raise Trouble("bad_seed", seed=seed.strip()[:40])
         names = [model, second] if compare else [model]
         whom = [self.known[name] for name in names if name in self.known]
-        how = Settings(temperature, top_p, max_tokens or Settings.max_tokens, tiles or None, int(seed) if seed.strip() else None, system.strip())
+        how = Settings(
+            temperature,
+            top_p,
+            max_tokens or Settings.max_tokens,
+            tiles or None,
+            int(seed) if seed.strip() else None,
+            system.strip(),
+        )
         return whom, how
 
     # ---- the conversation

@@ -31,7 +31,16 @@ from tessella.ui.page import HERE, build
 
 USER = "tessella"
 LARGEST_UPLOAD = "20mb"  # what the server takes of one picture
-FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif")
+FONTS = (
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Noto Sans",
+    "Noto Sans CJK SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "sans-serif",
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 # The page loads nothing from elsewhere, whatever a model says; Gradio's own scripts need inline and eval.
@@ -144,7 +153,9 @@ def serve(options: Options, ready: Callable[[str], None]) -> None:
 def confirm_tunnel() -> None:
     """Raises ConfigError unless a person at a terminal says yes."""
     if not sys.stdin.isatty():
-        raise ConfigError("--share opens the page to the internet and asks first, and there is no terminal to ask in; leave it out")
+        raise ConfigError(
+            "--share opens the page to the internet and asks first, and there is no terminal to ask in; leave it out"
+        )
     print("--share sends the page, and all that is shown and said, through a tunnel of Gradio's company.", file=sys.stderr)
     if input("Whoever has link and password can use it. Type yes to open it: ").strip().lower() != "yes":
         raise ConfigError("not shared; without --share the page stays on this machine")
@@ -164,7 +175,13 @@ def _launch(blocks: gr.Blocks, options: Options, password: str | None, folder: P
     theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     common: dict[str, Any] = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "run_history": False}
-    closed: dict[str, Any] = {"enable_monitoring": False, "ssr_mode": False, "mcp_server": False, "pwa": False, "strict_cors": True}
+    closed: dict[str, Any] = {
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "pwa": False,
+        "strict_cors": True,
+    }
     try:
         _, address, public = blocks.launch(
             server_name=options.host,
@@ -181,7 +198,9 @@ def _launch(blocks: gr.Blocks, options: Options, password: str | None, folder: P
             **closed,
         )
     except OSError as error:
-        raise ConfigError(f"port {options.port or '7860 and the next hundred'} of {options.host} cannot be had ({error}); give another --port") from error
+        raise ConfigError(
+            f"port {options.port or '7860 and the next hundred'} of {options.host} cannot be had ({error}); give another --port"
+        ) from error
     return str(public or address)
 
 

@@ -93,7 +93,12 @@ class Parts:
             self.system: "system",
             self.box: "box",
         }
-        infos = {self.temperature: "temperature_info", self.tiles: "tiles_info", self.seed: "seed_info", self.system: "system_info"}
+        infos = {
+            self.temperature: "temperature_info",
+            self.tiles: "tiles_info",
+            self.seed: "seed_info",
+            self.system: "system_info",
+        }
         values = {
             self.new: "new",
             self.export_json: "export_json",
@@ -133,7 +138,11 @@ def _lay_out(rows: Sequence[Row], folder: Path) -> Parts:
             "title": gr.HTML(elem_id="title"),
             "status": gr.HTML(elem_id="status"),
             "language": gr.Radio(
-                [(name, key) for key, name in LANGUAGES.items()], value=language, elem_id="language", container=False, min_width=120
+                [(name, key) for key, name in LANGUAGES.items()],
+                value=language,
+                elem_id="language",
+                container=False,
+                min_width=120,
             ),
             "theme": gr.Button("◐", size="sm", min_width=40, elem_id="theme"),
             "new": gr.Button(size="sm", min_width=60, elem_id="new"),
@@ -171,7 +180,8 @@ def camera_html(language: str) -> str:
     opener = icon_button("camera", say(language, "camera"), 'data-do="open"')
     return (
         f'{opener}<dialog aria-label="{take}">'
-        f'<video autoplay playsinline muted></video><p class="trouble" role="alert" hidden>{say(language, "no_camera")} <span></span></p>'
+        "<video autoplay playsinline muted></video>"
+        f'<p class="trouble" role="alert" hidden>{say(language, "no_camera")} <span></span></p>'
         f'<button type="button" data-do="shoot">{take}</button> <button type="button" data-do="close">{cancel}</button></dialog>'
     )
 
@@ -198,15 +208,19 @@ def _settings(language: str) -> dict[str, Any]:
 
 def _wire(blocks: gr.Blocks, parts: Parts, deeds: Deeds) -> None:
     """Each event and its deed. Answers run side by side, without a limit of ours: the server has its own."""
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    answering = {**quiet, "concurrency_limit": None, "outputs": [parts.transcript, parts.box]}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    answering: dict[str, Any] = {**quiet, "concurrency_limit": None, "outputs": [parts.transcript, parts.box]}
     asking = [parts.talk, parts.language, *parts.settings]
     parts.box.submit(deeds.ask, [parts.box, *asking], **answering)
     parts.transcript.retry(deeds.retry, asking, **answering)
     parts.transcript.edit(deeds.edit, asking, **answering)
-    parts.quick.select(deeds.quick, [parts.kind, parts.box, *asking], **{**answering, "outputs": [parts.transcript, parts.box, parts.quick, parts.kind]})
+    parts.quick.select(
+        deeds.quick,
+        [parts.kind, parts.box, *asking],
+        **{**answering, "outputs": [parts.transcript, parts.box, parts.quick, parts.kind]},
+    )
     # Past the queue: a stop must not wait behind what it stops.
-    at_once = {**quiet, "queue": False}
+    at_once: dict[str, Any] = {**quiet, "queue": False}
     parts.box.stop(deeds.stop, [parts.talk], None, **at_once)
     parts.transcript.undo(deeds.undo, [parts.talk, parts.language], [parts.transcript, parts.box], **at_once)
     parts.transcript.input(deeds.correct, [parts.talk, parts.language], parts.transcript, **at_once)
@@ -226,6 +240,9 @@ def _wire(blocks: gr.Blocks, parts: Parts, deeds: Deeds) -> None:
     parts.theme.click(None, None, None, js=TOGGLE_THEME, **quiet)
     blocks.load(None, None, None, js=OPENED, **quiet)
     blocks.load(deeds.greet, [parts.talk, parts.kind], [parts.language, *spoken, *views], **quiet)
-    look = {"inputs": [parts.language, parts.model, parts.second], "outputs": [parts.status, parts.model, parts.second]}
+    look: dict[str, Any] = {
+        "inputs": [parts.language, parts.model, parts.second],
+        "outputs": [parts.status, parts.model, parts.second],
+    }
     blocks.load(deeds.look, **look, **quiet)
     gr.Timer(POLL_S).tick(deeds.look, **look, **quiet)

@@ -26,8 +26,9 @@ def _thumbnail(path: Path) -> str:
 def quick_bar(rows: Sequence[Row], kind: int, language: str) -> str:
     """Buttons with data-kind, data-picture and data-question, each a number."""
     kinds = "".join(
-        f'<button type="button" data-kind="{number}" aria-pressed="{str(number == kind).lower()}">{escape(row.names[language])}</button>'
+        f'<button type="button" data-kind="{number}" aria-pressed="{is_open}">{escape(row.names[language])}</button>'
         for number, row in enumerate(rows)
+        if (is_open := "true" if number == kind else "false")
     )
     pictures = "".join(
         f'<button type="button" data-picture="{number}" title="{name}"><img src="{source}" alt="{name}"></button>'
@@ -36,7 +37,8 @@ def quick_bar(rows: Sequence[Row], kind: int, language: str) -> str:
     )
     more = f'<span class="more">{say(language, "more", count=rows[kind].more)}</span>' if rows[kind].more else ""
     questions = "".join(
-        f'<button type="button" data-question="{number}">{escape(text)}</button>' for number, text in enumerate(QUESTIONS[language])
+        f'<button type="button" data-question="{number}">{escape(text)}</button>'
+        for number, text in enumerate(QUESTIONS[language])
     )
     return (
         f"<details open><summary>{say(language, 'quick')}</summary>"

@@ -40,7 +40,9 @@ def rows_of_folder(folder: Path) -> list[Row]:
         kinds = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         rows = [row for kind in (*kinds, folder) if (row := _row(kind)).items]
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); give a folder with a subfolder of pictures for each kind") from error
+        raise DataError(
+            f"{folder} cannot be read ({error.strerror}); give a folder with a subfolder of pictures for each kind"
+        ) from error
     if not rows:
         raise DataError(f"{folder} has no picture in it or in its subfolders; there may be {', '.join(ENDINGS)}")
     return rows

@@ -73,11 +73,10 @@ def _answer(turns: Sequence[Turn], number: int, column: int, last: bool, languag
     if answer.ended:
         actions = _button("copy", number, column, language) + _button("correct", number, column, language, icon="edit")
         actions += _button("retry", number, column, language) if last else ""
-    return (
-        f'<h3 class="who">{escape(answer.model)}</h3>'
-        f'<div class="said" data-text="{escape(answer.text)}">{body}</div>{_drawing(turns[: number + 1], answer, language, folder)}'
-        f'{told}<p class="facts">{escape(facts(answer, language))}</p><div class="actions">{actions}</div>'
-    )
+    said = f'<div class="said" data-text="{escape(answer.text)}">{body}</div>'
+    below = f'<p class="facts">{escape(facts(answer, language))}</p><div class="actions">{actions}</div>'
+    drawing = _drawing(turns[: number + 1], answer, language, folder)
+    return f'<h3 class="who">{escape(answer.model)}</h3>{said}{drawing}{told}{below}'
 
 
 def _drawing(turns: Sequence[Turn], answer: Answer, language: str, folder: Path) -> str:
@@ -104,7 +103,9 @@ def address_of(path: Path) -> str:
 
 
 def _button(action: str, number: int, column: int, language: str, icon: str = "") -> str:
-    return icon_button(icon or action, say(language, action), f'data-action="{action}" data-turn="{number}" data-column="{column}"')
+    return icon_button(
+        icon or action, say(language, action), f'data-action="{action}" data-turn="{number}" data-column="{column}"'
+    )
 
 
 def icon_button(icon: str, name: str, data: str) -> str:
@@ -131,5 +132,3 @@ def facts(answer: Answer, language: str) -> str:
     if answer.corrected:
         said.append(say(language, "corrected"))
     return " · ".join(said)
-
-

@@ -90,16 +90,25 @@ _WORDS: dict[str, tuple[str, str]] = {
         "{url} 上的服务不兼容 OpenAI 接口：{message}。请检查地址。",
     ),
     # what one can do wrong
-    "no_question": ("There is no question yet: write one, or press one of the samples.", "还没有问题：请输入，或点一个示例问题。"),
+    "no_question": (
+        "There is no question yet: write one, or press one of the samples.",
+        "还没有问题：请输入，或点一个示例问题。",
+    ),
     "no_model": ("There is no model to ask: no server answers yet.", "没有可用的模型：服务器尚未响应。"),
     "busy": ("It is still answering; stop it first.", "正在回答；请先停止。"),
-    "bad_seed": ("The seed is “{seed}”, must be a whole number from 0, or empty.", "随机种子“{seed}”无效：请填 0 或更大的整数，或留空。"),
+    "bad_seed": (
+        "The seed is “{seed}”, must be a whole number from 0, or empty.",
+        "随机种子“{seed}”无效：请填 0 或更大的整数，或留空。",
+    ),
     "nothing_to_save": ("Nothing was said yet, so there is nothing to save.", "还没有对话，没有可保存的内容。"),
     "nothing_to_learn": (
         "No turn has an answer, so there is nothing to learn from; ask something first.",
         "还没有任何回答，无法作为训练样本；请先提问。",
     ),
-    "bad_picture": ("{name} is no picture that can be opened ({reason}); PNG, JPEG and WebP always can.", "无法打开图片 {name}（{reason}）；请使用 PNG、JPEG 或 WebP。"),
+    "bad_picture": (
+        "{name} is no picture that can be opened ({reason}); PNG, JPEG and WebP always can.",
+        "无法打开图片 {name}（{reason}）；请使用 PNG、JPEG 或 WebP。",
+    ),
     "large_picture": (
         "{name} has {megapixels} megapixels, at most {limit} can be shown; make it smaller first.",
         "{name} 有 {megapixels} 百万像素，最多 {limit}；请先缩小。",
