@@ -199,7 +199,7 @@ def test_what_an_answer_marks_is_drawn_on_the_picture(chat: Chat, picture: Calla
     chat.ask("where is the red square?")
     assert chat.answer() == "It is red square ①, look."
     drawn = chat.page.locator(".boxed img")
-    chat.page.wait_for_function("document.querySelector('.boxed img').naturalWidth === 64")
+    chat.page.wait_for_function("document.querySelector('.boxed img').naturalWidth === 640")
     assert drawn.get_attribute("alt") == "What the answer marks on 0000ff.png"
     assert chat.page.inner_text(".boxed figcaption") == "1 red square"
 

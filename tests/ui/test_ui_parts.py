@@ -132,7 +132,8 @@ def test_boxes_are_found_and_read_as_numbers() -> None:
 def test_a_box_is_drawn_where_it_is(red: Picture, tmp_path: Path) -> None:
     with Image.open(draw(red, [Box("", 500, 200, 900, 800)], tmp_path)) as drawn:
         image = drawn.convert("RGB")
-    orange, inside = image.getpixel((100, 70)), image.getpixel((140, 50))  # on the left edge, and in the middle
+    assert image.size == (640, 320)
+    orange, inside = image.getpixel((320, 200)), image.getpixel((450, 160))  # on the left edge, and in the middle
     assert orange[1] > 100 and inside[0] > 200 and inside[1] < 60
 
 

@@ -15,6 +15,7 @@ from tessella.ui.pictures import Picture
 
 _MARK = re.compile(r"(?:<ref>(?P<label>[^<]*)</ref>)?\s*<box>\s*(?P<boxes>\[.*?\])\s*</box>", re.DOTALL)
 _FOUR = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\]")
+DRAWN_PX = 640  # longest side of a drawing, at least
 # Eight colours that are told apart by people who see colours less well, after Okabe and Ito.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#000000")
 
@@ -66,13 +67,18 @@ def draw(picture: Picture, boxes: list[Box], folder: Path) -> Path:
         return path
     with Image.open(picture.shown) as image:
         drawn = image.convert("RGB")
+    if (longest_px := max(drawn.size)) < DRAWN_PX:  # on a small picture lines and numbers would hide what they mark
+        drawn = drawn.resize((drawn.width * DRAWN_PX // longest_px, drawn.height * DRAWN_PX // longest_px))
     pen = ImageDraw.Draw(drawn)
     thick_px = max(2, round(max(drawn.size) / 200))
     font = ImageFont.load_default(size=max(11, round(max(drawn.size) / 40)))
     for number, box in enumerate(boxes):
         colour = COLOURS[number % len(COLOURS)]
         left, top = box.x1 * drawn.width // 1000, box.y1 * drawn.height // 1000
-        pen.rectangle((left, top, box.x2 * drawn.width // 1000, box.y2 * drawn.height // 1000), outline=colour, width=thick_px)
+        right, bottom = box.x2 * drawn.width // 1000, box.y2 * drawn.height // 1000
+        # A white frame around the coloured one: it is seen on a picture of the same colour, too.
+        pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline="white", width=thick_px + 4)
+        pen.rectangle((left, top, right, bottom), outline=colour, width=thick_px)
         _label(pen, str(number + 1), left, top, colour, font)
     drawn.save(path, quality=90)
     return path

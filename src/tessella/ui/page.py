@@ -116,7 +116,7 @@ class Parts:
         said[self.heading] = {"value": f"<h2>{say(language, 'settings')}</h2>"}
         said[self.export_heading] = {"value": f"<h2>{say(language, 'export')}</h2>"}
         said[self.camera] = {"value": camera_html(language)}
-        said[self.title] = {"value": f"<h1>{say(language, 'title')}</h1>"}
+        said[self.title] = {"value": f"<h1>Tessella<span> · {say(language, 'chat')}</span></h1>"}
         return said
 
 

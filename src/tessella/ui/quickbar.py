@@ -41,7 +41,7 @@ def quick_bar(rows: Sequence[Row], kind: int, language: str) -> str:
         for number, text in enumerate(QUESTIONS[language])
     )
     return (
-        f"<details open><summary>{say(language, 'quick')}</summary>"
+        f"<details><summary>{say(language, 'quick')}</summary>"
         f'<div class="kinds" role="group" aria-label="{say(language, "kinds")}">{kinds}</div>'
         f'<div class="strip" role="group" aria-label="{say(language, "pictures")}">{pictures}{more}</div></details>'
         f'<div class="questions" role="group" aria-label="{say(language, "questions")}">{questions}</div>'

@@ -2,6 +2,15 @@
 // Only what has changed is put in, so that a picture does not flicker, a selection stays and the keyboard's place is kept.
 const log = element.querySelector(".turns");
 const empty = element.querySelector(".empty");
+let following = true; // the end is kept in sight until a person scrolls up, and again from the next question on
+
+function follow() {
+  if (following) log.scrollTop = log.scrollHeight;
+}
+
+log.addEventListener("scroll", () => { following = log.scrollHeight - log.scrollTop - log.clientHeight < 60; });
+log.addEventListener("load", follow, true); // a picture that has come makes the conversation longer
+new ResizeObserver(follow).observe(log);
 
 function put(node, html) {
   if (node.html === html || node.querySelector("textarea")) return; // what a person edits is not taken away
@@ -24,7 +33,7 @@ function trim(parent, length) {
 
 function show() {
   const { turns, busy, words, language } = props.value;
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  if (turns.length > log.children.length) following = true;
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   log.setAttribute("aria-label", words.conversation);
   log.setAttribute("aria-busy", busy);
@@ -38,7 +47,7 @@ function show() {
     trim(answers, turn.answers.length);
     turn.answers.forEach((html, column) => put(child(answers, column, "section", "answer"), html));
   });
-  if (atEnd) log.scrollTop = log.scrollHeight;
+  follow();
 }
 
 async function copy(button, text) {

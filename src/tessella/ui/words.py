@@ -7,7 +7,7 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 
 _WORDS: dict[str, tuple[str, str]] = {
     # key: (English, Chinese)
-    "title": ("Tessella · chat", "Tessella · 对话"),
+    "chat": ("chat", "对话"),
     "new": ("New conversation", "新对话"),
     "theme": ("Dark or light", "深色 / 浅色"),
     "language": ("Language", "语言"),
@@ -35,7 +35,7 @@ _WORDS: dict[str, tuple[str, str]] = {
         "The browser gives no camera; it may be forbidden, and a page of another machine needs https for it.",
         "浏览器无法使用摄像头：可能被禁止；若页面来自其他机器，需要 https。",
     ),
-    "placeholder": ("Ask about a picture: drop it here, paste it, or press the clip", "就图片提问：拖到这里、粘贴，或点回形针"),
+    "placeholder": ("Ask; drop or paste pictures here", "提问；可拖入或粘贴图片"),
     "upload": ("Show a picture from a file", "从文件选择图片"),
     "submit": ("Ask", "提问"),
     "stop": ("Stop", "停止"),
