@@ -26,10 +26,11 @@ FLOORS = {
     "checkpoint": 3,
     "train": 4,
     "evaluate": 4,
+    "server": 4,
     "cli": 5,
 }
 # These stand beside cli.py for their length alone: one room.
-JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification", "helptext")
+JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification", "helptext", "serving")
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"
 # But for the file that runs transformers in a process of its own, to compare; nothing of ours imports it.

@@ -24,11 +24,15 @@ MENDABLE = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "there is no memory for it; close other programs, or take --max-tiles 1 or --dtype bfloat16",
+    errno.EADDRINUSE: "another program listens there; take another --port",
     errno.ELOOP: "the links lead in a circle; check the path",
 }
 
 # Packages that only some commands need -> how to get them.
 OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
+OPTIONAL |= dict.fromkeys(
+    ("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance"), "serving needs the serve extra: pip install 'tessella[serve]'"
+)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
