@@ -138,7 +138,7 @@ class EngineSettings:
             ("max_batch_tokens", self.max_batch_tokens, self.max_batch_tokens != 0, "at least 1, or none"),
             ("max_batch_tiles", self.max_batch_tiles, self.max_batch_tiles != 0, "at least 1, or none"),
             ("max_running", self.max_running, self.max_running != 0, "at least 1, or none"),
-            ("max_waiting", self.max_waiting, self.max_waiting >= 0, "0 or more"),
+            ("max_waiting", self.max_waiting, self.max_waiting >= 1, "at least 1"),
             ("vision_cache_bytes", self.vision_cache_bytes, self.vision_cache_bytes >= 0, "0 or more"),
         ):
             if not legal or (value is not None and value < 0):
