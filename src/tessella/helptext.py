@@ -99,4 +99,4 @@ examples:
   tessella serve ./InternVL2-2B --host 0.0.0.0       for others too: they need the key that is made and printed
 
 It stops on Ctrl-C or SIGTERM: what runs may end, nothing new is taken. docs/serve.md tells every flag, and how to run it
-behind a proxy, under systemd and in a container. The key may come from TESSELLA_API_KEY, the admin key from TESSELLA_ADMIN_KEY."""
+behind a proxy, under systemd and in a container. The keys may come from TESSELLA_API_KEY and TESSELLA_ADMIN_KEY."""

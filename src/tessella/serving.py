@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # torch
 
 @dataclass(frozen=True)
 class Serve:
-    model: Annotated[Positional[str], arg(metavar="[MODEL]", help="Model folder, name on a hub, or tessella-nano.")] = "tessella-nano"
+    model: Annotated[Positional[str], arg(metavar="[MODEL]", help="Model folder, name on a hub, or tessella-nano.")] = (
+        "tessella-nano"
+    )
     adapter: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=DIR", help="An adapter, asked as model NAME.")] = ()
     name: str | None = None
     """The name by which clients ask for the model; default: the folder's."""
@@ -31,7 +33,9 @@ class Serve:
     """Address to listen on; any but this machine's own asks for a key."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    api_key: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY", help="A key that may ask; TESSELLA_API_KEY too.")] = ()
+    api_key: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="KEY", help="A key that may ask; TESSELLA_API_KEY too.")
+    ] = ()
     key_file: Path | None = None
     """A file of keys, one a line; lines that begin with # are passed over."""
     admin_key: str | None = None

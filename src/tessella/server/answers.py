@@ -215,7 +215,9 @@ def text_logprobs(tokenizer: Tokenizer, logprobs: Sequence[Logprob], offset: int
         word = tokenizer.bytes_of(one.id, False, True).decode("utf-8", "replace")
         told.tokens.append(word)
         told.token_logprobs.append(finite(one.logprob))
-        top = {tokenizer.bytes_of(token_id, False, True).decode("utf-8", "replace"): finite(logprob) for token_id, logprob in one.top}
+        top = {
+            tokenizer.bytes_of(token_id, False, True).decode("utf-8", "replace"): finite(logprob) for token_id, logprob in one.top
+        }
         told.top_logprobs.append(top)
         told.text_offset.append(offset)
         offset += len(word)

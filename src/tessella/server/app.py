@@ -141,7 +141,9 @@ def _add_page(app: FastAPI) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page(schema(app)), headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"})
+        return HTMLResponse(
+            page(schema(app)), headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        )
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

@@ -98,7 +98,9 @@ class Door:
         address = network_of(scope["client"][0] if scope.get("client") else "")
         if scope["path"] == ADMIN or scope["path"].startswith(f"{ADMIN}/"):
             if not len(self.admin_keys):
-                raise Refusal(403, "this server has no admin key, so adapters stay as they are; start it with one", code="no_admin")
+                raise Refusal(
+                    403, "this server has no admin key, so adapters stay as they are; start it with one", code="no_admin"
+                )
             self.admin_keys.check(header)
             return f"admin@{address}"
         number = self.keys.check(header) if len(self.keys) else 0
@@ -125,4 +127,8 @@ def _host_name(host: str) -> str:
 
 def _preflight(path: str) -> dict[str, str]:
     methods = "GET, POST, DELETE" if path.startswith(ADMIN) else "GET, POST"
-    return {"access-control-allow-methods": methods, "access-control-allow-headers": ALLOWED_HEADERS, "access-control-max-age": "600"}
+    return {
+        "access-control-allow-methods": methods,
+        "access-control-allow-headers": ALLOWED_HEADERS,
+        "access-control-max-age": "600",
+    }

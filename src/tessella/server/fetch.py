@@ -12,7 +12,6 @@ import re
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Self
 from urllib.parse import urljoin
 
 import httpx
@@ -49,7 +48,11 @@ class Fetcher:
         self.settings = settings
         self._resolve = resolve
         self._client = httpx.AsyncClient(
-            trust_env=False, follow_redirects=False, timeout=settings.fetch_s, transport=transport, limits=httpx.Limits(max_connections=32)
+            trust_env=False,
+            follow_redirects=False,
+            timeout=settings.fetch_s,
+            transport=transport,
+            limits=httpx.Limits(max_connections=32),
         )
 
     async def close(self) -> None:

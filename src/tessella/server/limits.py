@@ -56,7 +56,9 @@ class AtOnce:
         if self.total >= self.all_clients:
             raise Refusal(429, f"{self.all_clients} requests are under way; send it again later", code="overloaded", retry_s=2)
         if self.now[client] >= self.one_client:
-            raise Refusal(429, f"{self.one_client} of your requests are under way; wait for one", code="too_many_at_once", retry_s=2)
+            raise Refusal(
+                429, f"{self.one_client} of your requests are under way; wait for one", code="too_many_at_once", retry_s=2
+            )
         self.now[client] += 1
         self.total += 1
         try:

@@ -65,9 +65,14 @@ class Metrics:
         registry.register(_EngineCollector(state))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self.first_token = Histogram("tessella_time_to_first_token_seconds", "Submit to first token.", buckets=FAST, registry=registry)
+        self.first_token = Histogram(
+            "tessella_time_to_first_token_seconds", "Submit to first token.", buckets=FAST, registry=registry
+        )
         self.between = Histogram(
-            "tessella_inter_token_seconds", "Between tokens of one answer, as they reached the server.", buckets=BETWEEN, registry=registry
+            "tessella_inter_token_seconds",
+            "Between tokens of one answer, as they reached the server.",
+            buckets=BETWEEN,
+            registry=registry,
         )
         self.prepare = Histogram(
             "tessella_prepare_seconds", "Body read to prompt ready: pictures, tiles, tokens.", buckets=FAST, registry=registry

@@ -44,10 +44,12 @@ def page(described: dict[str, Any]) -> str:
         for method, about in methods.items()
     ]
     kinds = described["components"]["schemas"]
-    bodies = [_fields(name, kinds[name]) for name in ("ChatRequest", "ChatMessage", "ImageUrl", "CompletionRequest", "AdapterRequest")]
+    bodies = [
+        _fields(name, kinds[name]) for name in ("ChatRequest", "ChatMessage", "ImageUrl", "CompletionRequest", "AdapterRequest")
+    ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Tessella</title><style>{STYLE}</style><h1>Tessella</h1>'
-        f'<p>OpenAI\'s API; point any of its clients at <code>/v1</code>. <a href="/openapi.json">openapi.json</a> has it all.</p>'
+        f'<p>OpenAI\'s API; point its clients at <code>/v1</code>. <a href="/openapi.json">openapi.json</a> has it all.</p>'
         f"<table>{''.join(rows)}</table>{''.join(bodies)}</html>"
     )
 

@@ -44,7 +44,9 @@ def conversation(messages: Sequence[ChatMessage], max_tiles: int | None) -> tupl
 def _check_parts(parts: Sequence[Part], role: str, where: str) -> None:
     for part in parts:
         if isinstance(part, ImagePart) and role != "user":
-            raise Refusal(400, f'{where}: a picture of the {role}; only the user shows pictures', param=where, code="invalid_value")
+            raise Refusal(
+                400, f"{where}: a picture of the {role}; only the user shows pictures", param=where, code="invalid_value"
+            )
         if isinstance(part, TextPart) and role == "user" and IMAGE_MARK in part.text:
             message = f'{where}: the text holds "{IMAGE_MARK}", the mark of a picture; write it otherwise'
             raise Refusal(400, message, param=where, code="invalid_value")

@@ -36,7 +36,7 @@ def serve(
     started: Callable[[], None] = lambda: None,
     access_log: bool = False,
 ) -> Stopped:
-    """Serves on the address that was taken, until it is told to stop or the engine has failed. started: called once it listens."""
+    """Serves on the address that was taken, until told to stop or the engine has failed. started: called once it listens."""
 
     async def run() -> Stopped:
         server = Server(Service(engine, inputs, settings, load_adapter), access_log, started)
@@ -57,7 +57,9 @@ def take_address(settings: Settings) -> socket.socket:
         made.bind((settings.host, settings.port))
     except OSError as error:
         made.close()
-        message = f"{settings.host}:{settings.port} cannot be taken ({error.strerror}); another --port, or --port 0 for a free one"
+        message = (
+            f"{settings.host}:{settings.port} cannot be taken ({error.strerror}); another --port, or --port 0 for a free one"
+        )
         raise ConfigError(message) from error
     return made
 

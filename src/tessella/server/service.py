@@ -126,7 +126,9 @@ class Service:
         """How many answers are asked for. Raises Refusal 400 for too many, 429 when the queue could not take them."""
         answers = (wish.n or 1) * prompts
         if answers > self.settings.answers:
-            raise Refusal(400, f"{answers} answers; at most {self.settings.answers} a request", param="n", code="too_many_answers")
+            raise Refusal(
+                400, f"{answers} answers; at most {self.settings.answers} a request", param="n", code="too_many_answers"
+            )
         if self.engine.state().waiting >= self.settings.queue:  # told before any picture is opened
             raise queue_full()
         return answers
@@ -166,7 +168,14 @@ class Service:
         params = params_of(wish, wanted or max(1, min(self.settings.default_max_tokens, room)))
         stop_ids = (*self.inputs.stop_ids, *(wish.stop_token_ids or ()))
         return [
-            Request(prompt, params if wish.seed is None else replace(params, seed=wish.seed + number), stop_ids, adapter, logprobs, mask)
+            Request(
+                prompt,
+                params if wish.seed is None else replace(params, seed=wish.seed + number),
+                stop_ids,
+                adapter,
+                logprobs,
+                mask,
+            )
             for number, mask in enumerate(masks)
         ]
 

@@ -58,10 +58,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w][\w./:@-]{0,127}", self.name):
-            raise ConfigError(f'name is "{self.name}"; letters, digits and . / : @ _ - only, at most 128: give another with --name')
+            raise ConfigError(
+                f'name is "{self.name}"; letters, digits and . / : @ _ - only, at most 128: give another with --name'
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, must be in [0, 65535]; 0 takes a free one")
-        for field in ("fetch_s", "picture_megapixels", "request_megapixels", "head_s", "body_s", "answer_s", "write_s", "drain_s"):
+        for field in (
+            "fetch_s",
+            "picture_megapixels",
+            "request_megapixels",
+            "head_s",
+            "body_s",
+            "answer_s",
+            "write_s",
+            "drain_s",
+        ):
             self._check(field, self.__dict__[field] > 0, "more than 0")
         for field in (
             *("picture_bytes", "pictures", "body_bytes", "memory_bytes", "head_bytes", "connections", "requests_at_once"),
@@ -71,7 +82,7 @@ class Settings:
         self._check("client_per_minute", self.client_per_minute >= 0, "0 (no limit) or more")
         self._check("fetch_redirects", 0 <= self.fetch_redirects <= 10, "in [0, 10]")
         if short := [key for key in (*self.keys, self.admin_key or "x" * 16) if len(key) < 16]:
-            raise ConfigError(f"a key has {len(short[0])} characters, must have at least 16; python -c 'import secrets; print(secrets.token_urlsafe())' makes one")
+            raise ConfigError(f"a key has {len(short[0])} characters, must have at least 16; openssl rand -hex 16 makes one")
         for key in (*self.keys, self.admin_key or "x"):
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("a key holds a space or a sign that is not ASCII; letters, digits and marks only")
@@ -84,7 +95,9 @@ class Settings:
             if not re.fullmatch(r"https?://[^/\s*]+", origin):
                 raise ConfigError(f'CORS origin "{origin}" must be like https://chat.example.org, without a path and without *')
         if not self.on_loopback and not self.keys and not self.public:
-            raise ConfigError(f"{self.host} can be reached by others, and there is no key; give one, or say --public if anybody may ask")
+            raise ConfigError(
+                f"{self.host} can be reached by others, and there is no key; give one, or say --public if anybody may ask"
+            )
 
     def _check(self, field: str, legal: bool, range_: str) -> None:
         if not legal:

@@ -128,7 +128,7 @@ def _broken_off(piece: Piece) -> Refusal:
 
 
 async def while_client_waits(receive: Receive, work: Coroutine[Any, Any, Result], limit_s: float) -> Result:
-    """Runs work to its end, unless the client goes away (ClientGone) or the time is over (Refusal 408); then work is cancelled."""
+    """Runs work to its end; cancels it when the client goes away (ClientGone) or the time is over (Refusal 408)."""
     gone = asyncio.create_task(_until_gone(receive))
     task = asyncio.create_task(work)
     try:

@@ -99,7 +99,9 @@ class Drawing(Wire):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     max_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Of each answer; default: what the server says.")
-    seed: int | None = Field(None, ge=0, lt=2**62, description="The same seed gives the same answer; answer i draws with seed + i.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**62, description="The same seed gives the same answer; answer i draws with seed + i."
+    )
     n: int | None = Field(None, ge=1, le=128, description="Answers to one prompt.")
     stop: Annotated[str, Field(min_length=1, max_length=200)] | list[Stop] | None = Field(None, description="At most 16.")
     stop_token_ids: list[int] | None = Field(None, max_length=64)
@@ -196,13 +198,11 @@ def _path(location: tuple[int | str, ...], value: Any) -> str:
     """messages.0.content.1.text: of pydantic's way only the steps that the body has, and the field that is missing from it."""
     steps: list[str] = []
     for step in location:
-        if isinstance(value, list) and isinstance(step, int) and step < len(value):
-            value = value[step]
+        here = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(here, dict) and step in here:
+            value = here[step]
             steps.append(str(step))
-        elif isinstance(value, dict) and step in value:
-            value = value[step]
-            steps.append(str(step))
-        elif step == location[-1] and isinstance(value, dict) and isinstance(step, str):
+        elif step == location[-1] and isinstance(here, dict) and isinstance(step, str):
             steps.append(step)
     return ".".join(_short(step) for step in steps)
 
