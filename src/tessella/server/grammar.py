@@ -64,7 +64,7 @@ class Grammars:
     def mask(self, schema: dict[str, Any]) -> JsonMask:
         """A fresh mask. Raises Refusal 400: too large, too deep, not a schema, of a kind that cannot be kept to."""
         _check_depth(schema)
-        text = json.dumps(schema, sort_keys=True)
+        text = json.dumps(schema)  # the order of properties is the order of the answer
         if len(text) > self._schema_bytes:
             raise _refused(f"the schema has {len(text):,} bytes; at most {self._schema_bytes:,}")
         with self._lock:  # one schema is compiled at a time, so that many cannot take the whole pool
