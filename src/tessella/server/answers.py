@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from tessella.engine.request import Logprob, Piece, Request, Usage
 from tessella.errors import TessellaError
+from tessella.server.grammar import JsonMask
 from tessella.server.limits import Lease
+from tessella.server.refusal import Refusal
 from tessella.server.replies import (
     QUIET,
     AnswerMessage,
@@ -48,6 +50,7 @@ class Answers:
         self.tokenizer = service.inputs.tokenizer
         self.usages: dict[int, Usage] = {}
         self.count = len(requests)
+        self._masks = [request.mask for request in requests]
         self._lease = lease
         self._watch = service.metrics.watch()
         self._running = Running(service.mailbox, len(requests))
@@ -57,13 +60,22 @@ class Answers:
             raise refusal_of(error) from error
 
     async def parts(self) -> AsyncIterator[tuple[int, Piece] | None]:
-        async for part in self._running.parts():
-            if part is not None:
-                index, piece = part
-                self._watch.saw(index, piece)
-                if piece.usage is not None:
-                    self.usages[index] = piece.usage
-            yield part
+        """As Running.parts; raises Refusal 400 where a schema was at fault."""
+        try:
+            async for part in self._running.parts():
+                if part is not None:
+                    self._saw(*part)
+                yield part
+        except Refusal as refusal:
+            if any(isinstance(mask, JsonMask) and mask.failed for mask in self._masks):
+                message = refusal.body.error.message
+                raise Refusal(400, message, param="response_format", code="invalid_schema") from refusal
+            raise
+
+    def _saw(self, index: int, piece: Piece) -> None:
+        self._watch.saw(index, piece)
+        if piece.usage is not None:
+            self.usages[index] = piece.usage
 
     def end(self) -> None:
         self._running.cancel()

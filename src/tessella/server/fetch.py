@@ -24,6 +24,8 @@ from tessella.server.settings import Settings
 _URL = re.compile(r"https://(?P<host>[A-Za-z0-9.-]{1,253})(:443)?(?P<rest>[/?][!$-;=?-Z_a-z~\[\]]*)?(#[!-~]*)?")
 LONGEST_URL = 4096
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What some versions of Python count as global: protocol assignments, the old 6to4 relays, and IPv6 that tunnels IPv4.
+_SPECIAL = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "64:ff9b:1::/48")]
 Resolve = Callable[[str], Awaitable[list[str]]]
 
 
@@ -133,11 +135,11 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False  # decimal, octal, with a zone: not the form in which a resolver answers
     if isinstance(known, ipaddress.IPv6Address):
-        inner = [known.ipv4_mapped, known.sixtofour, *(known.teredo or ())]
-        if known in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(known) & 0xFFFFFFFF))
-        if any(four is not None and not is_public(str(four)) for four in inner):
-            return False
+        inner = known.ipv4_mapped or (ipaddress.IPv4Address(int(known) & 0xFFFFFFFF) if known in _NAT64 else None)
+        if inner is not None:
+            return is_public(str(inner))
+    if any(known in network for network in _SPECIAL if network.version == known.version):
+        return False
     return known.is_global and not known.is_multicast and not known.is_reserved
 
 

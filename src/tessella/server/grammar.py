@@ -32,6 +32,7 @@ class JsonMask:
 
     def __init__(self, matcher: llguidance.LLMatcher):
         self._matcher = matcher
+        self.failed = False  # the schema took too much: the client's fault, not the engine's
 
     def fill(self, bits: Tensor) -> None:
         self._matcher.unsafe_compute_mask_ptr(bits.data_ptr(), bits.numel() * bits.element_size())
@@ -43,6 +44,7 @@ class JsonMask:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self.failed = True
             raise EngineError("the answer can no longer be kept to its schema: it takes too much; send a simpler schema")
 
 

@@ -100,8 +100,6 @@ class Service:
         """Raises Refusal."""
         adapter = self._adapter(wish.model)
         texts = [wish.prompt] if isinstance(wish.prompt, str) else wish.prompt
-        if not texts:
-            raise Refusal(400, '"prompt" holds no text; send one', param="prompt", code="invalid_value")
         answers = self._answers(wish, len(texts))
 
         def build() -> list[Request]:
@@ -191,9 +189,6 @@ class Service:
 
 def params_of(wish: Drawing, max_tokens: int) -> SamplingParams:
     """What the wish says, and for the rest SamplingParams' own defaults. Raises ConfigError."""
-    stops = wish.stops()
-    if len(stops) > 16:
-        raise ConfigError(f"stop holds {len(stops)} texts; at most 16")
     said: dict[str, Any] = {
         "temperature": wish.temperature,
         "top_p": wish.top_p,
@@ -205,7 +200,8 @@ def params_of(wish: Drawing, max_tokens: int) -> SamplingParams:
         "seed": wish.seed,
     }
     return replace(
-        SamplingParams(max_tokens=max_tokens, stop=stops), **{name: value for name, value in said.items() if value is not None}
+        SamplingParams(max_tokens=max_tokens, stop=wish.stops()),
+        **{name: value for name, value in said.items() if value is not None},
     )
 
 

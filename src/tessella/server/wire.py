@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from tessella.server.refusal import Refusal
 
 Unserved = Annotated[None, Field(default=None, description="Not served; only null is accepted.")]
-Stop = Annotated[str, Field(min_length=1, max_length=200)]
+ShortText = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Wire(BaseModel):
@@ -38,13 +38,21 @@ class ImagePart(Wire):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-def _kind_of_content(value: Any) -> str:
+def _one_or_several(value: Any) -> str:
     return "parts" if isinstance(value, list) else "text"
 
 
+Texts = Annotated[
+    Annotated[ShortText, Tag("text")] | Annotated[list[ShortText], Tag("parts"), Field(max_length=16)],
+    Discriminator(_one_or_several),
+]
+Prompts = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[str], Tag("parts"), Field(min_length=1, max_length=128)],
+    Discriminator(_one_or_several),
+]
 Content = Annotated[
     Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts"), Field(min_length=1, max_length=256)],
-    Discriminator(_kind_of_content),
+    Discriminator(_one_or_several),
 ]
 
 
@@ -103,7 +111,7 @@ class Drawing(Wire):
         None, ge=0, lt=2**62, description="The same seed gives the same answer; answer i draws with seed + i."
     )
     n: int | None = Field(None, ge=1, le=128, description="Answers to one prompt.")
-    stop: Annotated[str, Field(min_length=1, max_length=200)] | list[Stop] | None = Field(None, description="At most 16.")
+    stop: Texts | None = Field(None, description="At most 16.")
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -154,7 +162,7 @@ class ChatRequest(Drawing):
 
 
 class CompletionRequest(Drawing):
-    prompt: str | list[str] = Field(description="Text, or several; no template is put around it.")
+    prompt: Prompts = Field(description="Text, or several; no template is put around it.")
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: Unserved
     echo: Literal[False] | None = None
@@ -186,7 +194,7 @@ def _refusal(error: ValidationError, body: bytes) -> Refusal:
     first = faults[0]
     if first["type"] == "json_invalid":
         return Refusal(400, "the body is no JSON that we can read (broken, not UTF-8, or deeper than 200); send one object")
-    path = _path(first["loc"], pydantic_core.from_json(body))
+    path = _path(first["loc"], pydantic_core.from_json(body), first["type"] == "missing")
     message = _sentence(path, first["type"], first["msg"], first.get("ctx", {}))
     if len(faults) > 1:
         message += f" ({len(faults) - 1} more like this)" if len(faults) > 2 else " (and one more)"
@@ -194,7 +202,7 @@ def _refusal(error: ValidationError, body: bytes) -> Refusal:
     return Refusal(400, message, param=path or None, code=code.get(first["type"], "invalid_value"))
 
 
-def _path(location: tuple[int | str, ...], value: Any) -> str:
+def _path(location: tuple[int | str, ...], value: Any, missing: bool) -> str:
     """messages.0.content.1.text: of pydantic's way only the steps that the body has, and the field that is missing from it."""
     steps: list[str] = []
     for step in location:
@@ -202,8 +210,8 @@ def _path(location: tuple[int | str, ...], value: Any) -> str:
         if isinstance(here, dict) and step in here:
             value = here[step]
             steps.append(str(step))
-        elif step == location[-1] and isinstance(here, dict) and isinstance(step, str):
-            steps.append(step)
+    if missing:
+        steps.append(str(location[-1]))
     return ".".join(_short(step) for step in steps)
 
 
