@@ -21,8 +21,9 @@ from tessella.checkpoint.published import PUBLISHED
 from tessella.errors import ConfigError, TessellaError
 from tessella.files import check_place, write_whole
 from tessella.foods import STYLES
-from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, UI, VERIFY
+from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, SERVE, UI, VERIFY
 from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, is_out_of_memory, tell
+from tessella.serving import Serve
 from tessella.train.recipe import Recipe, load_recipe
 from tessella.webchat import Ui
 
@@ -292,7 +293,7 @@ class Demo:
         return run(plan).as_json()
 
 
-Command = Chat | Finetune | Convert | Verify | Evaluate | Inspect | Demo | Ui
+Command = Chat | Finetune | Convert | Verify | Evaluate | Serve | Inspect | Demo | Ui
 # Each with what its own --help says; the list of commands shows the first line.
 COMMANDS: dict[str, tuple[type[Command], str]] = {
     "demo": (Demo, DEMO),
@@ -301,6 +302,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "convert": (Convert, CONVERT),
     "verify": (Verify, VERIFY),
     "evaluate": (Evaluate, EVALUATE),
+    "serve": (Serve, SERVE),
     "inspect": (Inspect, INSPECT),
     "ui": (Ui, UI),
 }
@@ -368,7 +370,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows "?" and loses no answer
     try:
         command = parse(words)
-        path = command.json if isinstance(command, Finetune | Ui) else command.place.json
+        path = command.json if isinstance(command, (Finetune, Serve, Ui)) else command.place.json
         if path is not None:
             check_place("--json", path.expanduser())  # now, not after an hour's work
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}

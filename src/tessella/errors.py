@@ -41,6 +41,14 @@ class MemoryError_(TessellaError):
     """Out of memory, with the estimate and what to lower."""
 
 
+class EngineError(TessellaError):
+    """The engine cannot take what it was given: an unknown adapter, one that cannot run beside others, or it has stopped."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may wait; later there is room again."""
+
+
 class DownloadError(TessellaError):
     """A model on a hub, or a part of the built-in one, could not be fetched, or came broken."""
 
