@@ -96,6 +96,7 @@ SERVE = """Serve a model over OpenAI's API: streaming, pictures, adapters by nam
 examples:
   tessella serve                                     tessella-nano on http://127.0.0.1:8000/v1, for this machine alone
   tessella serve ./InternVL2-2B --port 8001 --adapter food=runs/food     the model, and under the name food with its adapter
+  tessella serve --ui                                the same, and the web chat that asks it
   tessella serve ./InternVL2-2B --host 0.0.0.0       for others too: they need the key that is made and printed
 
 It stops on Ctrl-C or SIGTERM: what runs may end, nothing new is taken. docs/serve.md tells every flag, and how to run it

@@ -7,6 +7,7 @@ It imports no torch at the top, like cli.py: its flags are read for `tessella --
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from tessella.errors import CheckpointError, ConfigError, TessellaError
 from tessella.server.settings import Settings, new_key, reaches_only_us
+from tessella.webchat import beside, check_extra
 
 if TYPE_CHECKING:  # torch
     from tessella.checkpoint.read import Loaded
@@ -92,6 +94,10 @@ class Serve:
     """Number type; auto: bfloat16 where the device multiplies it in hardware."""
     access_log: bool = False
     """Write a line for each request."""
+    ui: bool = False
+    """Open the web chat too, on this machine alone; it needs the ui extra."""
+    ui_port: int | None = None
+    """Port of the web chat; default: the first free one from 7860."""
     json: Path | None = None
     """Write what was served there, at the end."""
 
@@ -104,7 +110,9 @@ class Serve:
         adapters = [parse_adapter(text) for text in self.adapter]
         settings = self.settings()
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        with take_address(settings) as taken:
+        if self.ui:
+            check_extra()
+        with take_address(settings) as taken, ExitStack() as web_chat:
             loaded = load(self.model, device=self.device, dtype=self.dtype, max_tiles=self.max_tiles)
             loaded.inputs.limit_megapixels = self.limit_megapixels
             wanted = EngineSettings(
@@ -120,13 +128,20 @@ class Serve:
                 for name, folder in adapters:
                     load_adapter(engine, loaded, name, folder)
                 port = taken.getsockname()[1]
+
+                def ready() -> None:
+                    print(self.greeting(settings, loaded, port), file=sys.stderr, flush=True)
+                    if self.ui:
+                        key = settings.keys[0] if settings.keys else None
+                        web_chat.enter_context(beside(reachable(settings.host, port), key, self.ui_port))
+
                 why = serve(
                     engine,
                     loaded.inputs,
                     settings,
                     lambda name, folder: load_adapter(engine, loaded, name, folder),
                     taken,
-                    lambda: print(self.greeting(settings, loaded, port), file=sys.stderr, flush=True),
+                    ready,
                     self.access_log,
                 )
             finally:
@@ -169,9 +184,19 @@ class Serve:
         )
 
     def greeting(self, settings: Settings, loaded: "Loaded", port: int) -> str:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         place = f"{loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"
-        return f"{settings.name} ({place}) is served at http://{host}:{port}/v1; /docs tells its fields. Ctrl-C stops it."
+        return (
+            f"{settings.name} ({place}) is served at {address(settings.host, port)}/v1; /docs tells its fields. Ctrl-C stops it."
+        )
+
+
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def reachable(host: str, port: int) -> str:
+    """Where this machine itself reaches a server that listens on host, which may stand for every address."""
+    return address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def served_name(model: str) -> str:

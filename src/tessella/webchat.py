@@ -1,15 +1,21 @@
 """`tessella ui`: its flags, the built-in foods by kind, and the way into the page. Stands beside cli.py.
 
-In: flags.  Out: the page, served until Ctrl-C.
+In: flags.  Out: the page, served until Ctrl-C; or, for `tessella serve --ui`, a process of its own beside the server.
 """
 
+import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
+from tessella.errors import ConfigError
 from tessella.foods import STYLES, foods, picture
 
 if TYPE_CHECKING:
@@ -62,7 +68,7 @@ class Ui:
             password=self.password,
             allowed_hosts=self.allowed_host,
             share=self.share,
-            open=self.open,
+            open=self.open and has_screen(),
         )
         addresses: list[str] = []
 
@@ -72,6 +78,11 @@ class Ui:
 
         serve(options, ready)
         return {"url": addresses[0], "servers": list(urls)}
+
+
+def has_screen() -> bool:
+    """Whether a browser would open a window; without a screen some open in the terminal and wait there."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def food_rows() -> "list[Row]":
@@ -84,3 +95,20 @@ def food_rows() -> "list[Row]":
             rows.append((dict(zip(("en", "zh"), KINDS[food.key], strict=True)), []))
         rows[-1][1].append(Item(picture(food, STYLES[-1]), {"en": food.english, "zh": food.chinese}))
     return [Row(names, items) for names, items in rows]
+
+
+def check_extra() -> None:
+    """Raises ConfigError when the page's packages are not installed: better before a model is read than after."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("--ui needs the ui extra: pip install 'tessella[ui]'")
+
+
+@contextmanager
+def beside(url: str, key: str | None, port: int | None) -> Iterator[None]:
+    """The web chat for the server at url, in a process of its own, so that it takes no time from the engine's; ends with us."""
+    command = [sys.executable, "-m", "tessella.cli", "ui", "--server", url, *(["--port", str(port)] if port else [])]
+    with subprocess.Popen(command, env={**os.environ, **({KEY: key} if key else {})}) as process:
+        try:
+            yield
+        finally:
+            process.terminate()

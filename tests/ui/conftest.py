@@ -43,7 +43,8 @@ def serve_chat() -> Iterator[Callable[..., str]]:
         assert process.wait(20) == 0
 
 
-@pytest.fixture(scope="session")
+# A module's, not the session's: while it lives, its event loop runs in this thread, and no other test could run one.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="THE WEB CHAT IS NOT TESTED: playwright is not installed")
     pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not installed; it is in the ui extra")

@@ -3,14 +3,19 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_pages import Chat
-from chat_processes import StandIn, wait_for
+from chat_processes import StandIn, fetch, free_port, wait_for
 
+from tessella.checkpoint.builtin import cache_folder
+from tessella.checkpoint.smollm2 import language_base
+from tessella.errors import DownloadError
 from tessella.train.readers import draft_row
 
 
@@ -241,29 +246,22 @@ def test_nothing_that_a_model_says_runs_or_loads(chat: Chat) -> None:
     wait_for(lambda: chat.refused.pop() if chat.refused else chat.page.wait_for_timeout(50), 5)
 
 
-def test_the_server_may_be_killed_and_come_back(
-    browser: Any, serve_chat: Callable[..., str], picture: Callable[[str], Path]
-) -> None:
-    server = StandIn()
-    server.start()
-    chat = Chat(browser.new_context(locale="en-US"), serve_chat("--server", server.url))
+def test_the_server_may_be_killed_and_come_back(chat: Chat, stand_in: StandIn, picture: Callable[[str], Path]) -> None:
     chat.show(picture("#ff0000"))
     chat.ask("first")
     chat.ask("slowly", wait=False)
     chat.page.wait_for_function("document.querySelectorAll('.answer .said')[1]?.textContent.includes('word2')")
-    server.kill()
+    stand_in.kill()
     chat.done()
     assert "went away in the middle" in chat.page.inner_text(".answer .trouble") and chat.text(1).startswith("word0 word1")
     chat.ask("anybody?")
     assert "No server answers at" in chat.page.locator(".answer .trouble").last.inner_text()
     chat.page.locator("#status .away").wait_for()
-    server.start()
+    stand_in.start()
     chat.page.locator("#status .away").wait_for(state="detached")
     chat.press("Answer again", turn=2)
     chat.done()
     assert chat.answer() == "tiny heard “anybody?”, turn 3, pictures #ff0000."
-    server.kill()
-    chat.context.close()
 
 
 def test_chinese_is_spoken_and_typed(tab: Callable[..., Chat]) -> None:
@@ -323,3 +321,32 @@ def test_no_serious_fault_for_those_who_see_less(width: int, tab: Callable[..., 
         chat.page.get_by_role("button", name="Dark or light").click()
         chat.page.wait_for_timeout(400)  # colours change slowly
     assert chat.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.weights
+def test_the_built_in_model_is_served_with_its_web_chat_by_one_command(browser: Any, tmp_path: Path) -> None:
+    for extra in ("fastapi", "prometheus_client", "llguidance"):
+        pytest.importorskip(extra, reason="the serve extra is not installed")
+    try:
+        language_base(cache_folder())  # fetched on first use
+    except DownloadError as error:
+        pytest.skip(f"the language model of tessella-nano is not here and cannot be fetched: {error}")
+    port, ui_port = free_port(), free_port()
+    command = [sys.executable, "-m", "tessella.cli", "serve", "--port", str(port), "--ui", "--ui-port", str(ui_port)]
+    with subprocess.Popen([*command, "--api-key", "a-key-of-16-signs-or-more"]) as process:
+        try:
+            wait_for(lambda: fetch(f"http://127.0.0.1:{ui_port}/config"), 120)
+            chat = Chat(browser.new_context(locale="zh-CN"), f"http://127.0.0.1:{ui_port}")
+            chat.page.set_default_timeout(120_000)
+            chat.page.get_by_role("button", name="亚洲美食").click()
+            chat.page.get_by_role("button", name="饺子").click()
+            chat.shown(1)
+            chat.page.get_by_role("button", name="图中是什么食物？").click()
+            chat.page.wait_for_function("document.querySelector('.answer .facts')?.textContent.includes('token/秒')")
+            assert chat.answer() and re.search(r"提问 \d+ token · 图块 1 · 回答 \d+ token", chat.facts())
+            chat.context.close()
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    with pytest.raises(OSError, match="refused"):  # the page ends with the server
+        fetch(f"http://127.0.0.1:{ui_port}/config")

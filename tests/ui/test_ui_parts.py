@@ -7,11 +7,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not installed; it is in the ui extra")
+
+from chat_processes import free_port
 
 from tessella.errors import ConfigError, DataError
 from tessella.foods import STYLES, foods
@@ -321,3 +325,50 @@ def test_a_tunnel_is_never_opened_without_asking(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("builtins.input", lambda _: "")
     with pytest.raises(ConfigError, match="not shared"):
         launch.serve(options(share=True), print)
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """A page that is really served, in this process; gives its address."""
+    pages = []
+
+    def open_door(password: str | None = None, **changes: Any) -> str:
+        wish = options(port=free_port(), open=False, **changes)
+        page = launch.build(wish.servers, wish.rows, tmp_path)
+        pages.append(page)
+        return launch.open_page(page, wish, password, tmp_path).rstrip("/")
+
+    yield open_door
+    for page in pages:
+        page.close(verbose=False)
+
+
+def status_of(url: str, **headers: str) -> tuple[int, Any]:
+    try:
+        with build_opener(ProxyHandler({})).open(Request(url, headers=headers), timeout=10) as answer:
+            return answer.status, answer.headers
+    except HTTPError as error:
+        return error.code, error.headers
+
+
+def test_a_page_on_this_machine_answers_to_its_own_names_only_and_loads_from_nowhere_else(door: Callable[..., str]) -> None:
+    address = door(allowed_hosts=("chat.example.org",))
+    for name, expected in (
+        ("localhost", 200),
+        ("chat.example.org:443", 200),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+    ):
+        status, headers = status_of(f"{address}/", Host=name)
+        assert status == expected, name
+        assert "default-src 'self'" in headers["content-security-policy"] and "http" not in headers["content-security-policy"]
+    for path in ("/gradio_api/file=/etc/passwd", f"/gradio_api/file={Path(__file__)}"):
+        assert status_of(address + path)[0] == 403
+
+
+def test_a_password_guards_page_and_pictures(door: Callable[..., str], tmp_path: Path) -> None:
+    address = door(password="open sesame")
+    Image.new("RGB", (9, 9)).save(tmp_path / "shown.png")
+    for path in ("/config", f"/gradio_api/file={tmp_path / 'shown.png'}", "/gradio_api/info"):
+        assert status_of(address + path)[0] == 401, path
+    assert status_of(f"{door()}/gradio_api/file={tmp_path / 'shown.png'}")[0] == 200

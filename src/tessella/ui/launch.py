@@ -140,7 +140,7 @@ def serve(options: Options, ready: Callable[[str], None]) -> None:
         folder = Path(place) / "shown"
         folder.mkdir()
         blocks = build(options.servers, options.rows, folder)
-        address = _launch(blocks, options, password, folder)
+        address = open_page(blocks, options, password, folder)
         if password and not options.password:
             print(f"user {USER}, password {password}", file=sys.stderr)
         ready(address)
@@ -168,7 +168,8 @@ def _ask_itself_directly() -> None:
         os.environ[name] = ",".join(part for part in (known, "localhost,127.0.0.1,::1") if part)
 
 
-def _launch(blocks: gr.Blocks, options: Options, password: str | None, folder: Path) -> str:
+def open_page(blocks: gr.Blocks, options: Options, password: str | None, folder: Path) -> str:
+    """Serve the page in a thread of its own; gives its address. Raises ConfigError when the port is taken."""
     hosts = (*LOOPBACK, options.host, *options.allowed_hosts) if options.closed else ()
     theme = gr.themes.Base(primary_hue="teal", secondary_hue="teal", font=FONTS, font_mono=("ui-monospace", "monospace"))
     # Gradio's grey on white is too faint to be read by all (WCAG AA wants 4.5 to 1).
