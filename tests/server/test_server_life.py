@@ -1,5 +1,6 @@
 """Time: a client that goes away, that is slow, that waits too long; a server that is told to stop."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -96,7 +97,7 @@ def test_a_head_that_trickles_does_not_buy_time() -> None:
 
 def test_a_client_that_does_not_read_its_answer_is_left() -> None:
     with live(ScriptedEngine(), write_s=0.3, answer_s=30) as server:
-        body = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}],"max_tokens":3500,"stream":true,"logprobs":true,"top_logprobs":20}'
+        body = json.dumps({**BODY, "max_tokens": 3500, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
@@ -166,24 +167,25 @@ def start() -> tuple[subprocess.Popen[str], str]:
 
 def test_sigterm_lets_answers_end_takes_nothing_new_and_stops() -> None:
     process, url = start()
-    with httpx.Client(base_url=url) as client, httpx.Client(base_url=url) as other:
-        with client.stream("POST", "/v1/chat/completions", json={**BODY, "max_tokens": 30, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            assert soon(lambda: other.get("/ready").status_code == 503)
-            refused = other.post("/v1/chat/completions", json=BODY)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-            assert other.get("/health").status_code == 200
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+    wish = {**BODY, "max_tokens": 30, "stream": True}
+    with httpx.Client(base_url=url) as other, httpx.stream("POST", f"{url}/v1/chat/completions", json=wish) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert soon(lambda: other.get("/ready").status_code == 503)
+        refused = other.post("/v1/chat/completions", json=BODY)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        assert other.get("/health").status_code == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     assert process.wait(10) == 0
     assert process.stdout is not None
     assert process.stdout.read().split() == ["asked", "1", "0"]
 
 
 def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:
-    with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server:
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**BODY, "stream": True}) as answer:
+    wish = {**BODY, "stream": True}
+    with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server, httpx.Client(base_url=server.url) as client:
+        with client.stream("POST", "/v1/chat/completions", json=wish) as answer:
             next(answer.iter_lines())
             server.server.handle_exit(signal.SIGTERM, None)
             assert soon(lambda: server.engine.cancelled == 1, within_s=6)
