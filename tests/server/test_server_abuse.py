@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-
 from abuse import CASES, Case, send
 from stand_in import Live, ScriptedEngine, live
 from test_server_life import soon

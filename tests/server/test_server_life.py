@@ -3,12 +3,9 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import pytest
@@ -142,44 +139,6 @@ def test_a_failed_engine_ends_the_server_so_that_its_keeper_can_start_another() 
         server.engine.failure = "a test says so"
         assert soon(lambda: server.server.should_exit)
         assert server.server.why == "engine"
-
-
-SCRIPT = """
-import signal, sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from stand_in import *
-from tessella.server.run import serve, take_address
-settings = Settings(NAME, port=0)
-engine = ScriptedEngine(step_s=0.05)
-with take_address(settings) as taken:
-    print(serve(engine, inputs(), settings, engine.load_adapter, taken, lambda: print(taken.getsockname()[1], flush=True)))
-print(engine.ended, engine.cancelled)
-"""
-
-
-def start() -> tuple[subprocess.Popen[str], str]:
-    here = Path(__file__).parent
-    code = SCRIPT.format(tests=str(here.parent), here=str(here))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
-
-
-def test_sigterm_lets_answers_end_takes_nothing_new_and_stops() -> None:
-    process, url = start()
-    wish = {**BODY, "max_tokens": 30, "stream": True}
-    with httpx.Client(base_url=url) as other, httpx.stream("POST", f"{url}/v1/chat/completions", json=wish) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        assert soon(lambda: other.get("/ready").status_code == 503)
-        refused = other.post("/v1/chat/completions", json=BODY)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-        assert other.get("/health").status_code == 200
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(10) == 0
-    assert process.stdout is not None
-    assert process.stdout.read().split() == ["asked", "1", "0"]
 
 
 def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:

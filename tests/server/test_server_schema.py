@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-
 from stand_in import NAME, Live, ScriptedEngine, live
 
 schemathesis = pytest.importorskip("schemathesis")

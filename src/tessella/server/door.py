@@ -76,7 +76,9 @@ class Door:
 
     def _check_size(self, scope: Scope) -> None:
         """What came in one piece was not measured by h11, which only bounds what it keeps."""
-        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        )
         if size > self.settings.head_bytes or len(scope["headers"]) > MOST_HEADERS:
             limit = f"{self.settings.head_bytes:,} bytes and {MOST_HEADERS} headers"
             raise Refusal(431, f"the head has more than {limit}; send less", code="head_too_large")
