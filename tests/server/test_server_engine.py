@@ -1,4 +1,4 @@
-"""`tessella serve` with the real engine: what goes over the wire is what generate.py says, with adapters, pictures and SIGTERM."""
+"""`tessella serve` with the real engine: what goes over the wire is what generate.py says; and SIGTERM ends it well."""
 
 import json
 import os

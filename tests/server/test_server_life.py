@@ -143,8 +143,9 @@ def test_a_failed_engine_ends_the_server_so_that_its_keeper_can_start_another() 
 
 def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:
     wish = {**BODY, "stream": True}
-    with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server, httpx.Client(base_url=server.url) as client:
-        with client.stream("POST", "/v1/chat/completions", json=wish) as answer:
+    with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server:
+        address = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", address, json=wish) as answer:
             next(answer.iter_lines())
             server.server.handle_exit(signal.SIGTERM, None)
             assert soon(lambda: server.engine.cancelled == 1, within_s=6)

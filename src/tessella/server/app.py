@@ -37,7 +37,7 @@ STREAMED = {
     "description": "Whole, or with stream: true as events",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
-ASKING: dict[int | str, dict[str, Any]] = {200: STREAMED} | answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+ASKING = {**answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503), 200: STREAMED}
 CLIENT_GONE = 499  # nginx's; nobody reads it but the log and the metrics
 
 
