@@ -14,7 +14,7 @@ from tessella.errors import DataError
 from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.recipe import Recipe
 
-COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "inspect")
+COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "serve", "inspect")
 
 
 def tessella(*words: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -175,9 +175,11 @@ def test_places_and_bytes_are_given_back() -> None:
 
 
 def test_requests_of_one_client_at_once_are_bounded() -> None:
-    with live(ScriptedEngine(step_s=0.2), client_at_once=1) as server, httpx.Client(base_url=server.url) as client:
-        with client.stream("POST", "/v1/chat/completions", json={**BODY, "stream": True, "max_tokens": 50}):
-            assert code(client.post("/v1/chat/completions", json=BODY)) == (429, "too_many_at_once")
+    wish = {**BODY, "stream": True, "max_tokens": 50}
+    with live(ScriptedEngine(step_s=0.2), client_at_once=1) as server:
+        address = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", address, json=wish):
+            assert code(httpx.post(address, json=BODY)) == (429, "too_many_at_once")
 
 
 # ---- adapters

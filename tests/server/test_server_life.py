@@ -1,13 +1,11 @@
 """Time: a client that goes away, that is slow, that waits too long; a server that is told to stop."""
 
+import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import pytest
@@ -96,7 +94,7 @@ def test_a_head_that_trickles_does_not_buy_time() -> None:
 
 def test_a_client_that_does_not_read_its_answer_is_left() -> None:
     with live(ScriptedEngine(), write_s=0.3, answer_s=30) as server:
-        body = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}],"max_tokens":3500,"stream":true,"logprobs":true,"top_logprobs":20}'
+        body = json.dumps({**BODY, "max_tokens": 3500, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
@@ -143,47 +141,11 @@ def test_a_failed_engine_ends_the_server_so_that_its_keeper_can_start_another() 
         assert server.server.why == "engine"
 
 
-SCRIPT = """
-import signal, sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from stand_in import *
-from tessella.server.run import serve, take_address
-settings = Settings(NAME, port=0)
-engine = ScriptedEngine(step_s=0.05)
-with take_address(settings) as taken:
-    print(serve(engine, inputs(), settings, engine.load_adapter, taken, lambda: print(taken.getsockname()[1], flush=True)))
-print(engine.ended, engine.cancelled)
-"""
-
-
-def start() -> tuple[subprocess.Popen[str], str]:
-    here = Path(__file__).parent
-    code = SCRIPT.format(tests=str(here.parent), here=str(here))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
-
-
-def test_sigterm_lets_answers_end_takes_nothing_new_and_stops() -> None:
-    process, url = start()
-    with httpx.Client(base_url=url) as client, httpx.Client(base_url=url) as other:
-        with client.stream("POST", "/v1/chat/completions", json={**BODY, "max_tokens": 30, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            assert soon(lambda: other.get("/ready").status_code == 503)
-            refused = other.post("/v1/chat/completions", json=BODY)
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-            assert other.get("/health").status_code == 200
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(10) == 0
-    assert process.stdout is not None
-    assert process.stdout.read().split() == ["asked", "1", "0"]
-
-
 def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:
+    wish = {**BODY, "stream": True}
     with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server:
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**BODY, "stream": True}) as answer:
+        address = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", address, json=wish) as answer:
             next(answer.iter_lines())
             server.server.handle_exit(signal.SIGTERM, None)
             assert soon(lambda: server.engine.cancelled == 1, within_s=6)

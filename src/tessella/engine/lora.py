@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tessella.engine.request import LowRank
 from tessella.errors import EngineError
@@ -89,13 +90,18 @@ class Adapters:
     def __init__(self, model: VisionLanguageModel):
         self.runs: Sequence[Run] = ()
         self._model = model
-        self._hooked: set[str] = set()
+        self._hooks: dict[str, RemovableHandle] = {}
 
     def hook(self, adapter: Adapter) -> None:
         """Make sure that every layer that this adapter changes has its hook."""
-        for module in adapter.pairs.keys() - self._hooked:
-            self._model.get_submodule(module).register_forward_hook(self._adding(module))
-            self._hooked.add(module)
+        for module in adapter.pairs.keys() - self._hooks.keys():
+            self._hooks[module] = self._model.get_submodule(module).register_forward_hook(self._adding(module))
+
+    def unhook(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks = {}
 
     def _adding(self, module: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def add(_: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:

@@ -133,7 +133,7 @@ class EngineSettings:
     def __post_init__(self) -> None:
         for name, value, legal, range_ in (
             ("block_tokens", self.block_tokens, self.block_tokens >= 1, "at least 1"),
-            ("cache_tokens", self.cache_tokens, (self.cache_tokens or 1) >= 1, "at least 1, or none"),
+            ("cache_tokens", self.cache_tokens, self.cache_tokens != 0, "at least 1, or none"),
             ("cache_fraction", self.cache_fraction, 0 < self.cache_fraction <= 1, "in (0, 1]"),
             ("max_batch_tokens", self.max_batch_tokens, self.max_batch_tokens != 0, "at least 1, or none"),
             ("max_batch_tiles", self.max_batch_tiles, self.max_batch_tiles != 0, "at least 1, or none"),

@@ -46,7 +46,9 @@ class Runner:
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
         last = ends[[i for i, part in enumerate(parts) if part.draws]].to(self.model.device)
         self.adapters.runs = self._runs(drawing, [1] * len(drawing))  # the head, too, may have a pair
-        return self.model.logits(hidden[last])
+        logits = self.model.logits(hidden[last])
+        self.adapters.runs = ()
+        return logits
 
     def _visual_tokens(self, batch: Batch) -> dict[TileKey, Tensor]:
         """The visual tokens of every tile that this step has slots of; new ones are seen now, all of one sight together."""

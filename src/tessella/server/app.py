@@ -33,7 +33,11 @@ from tessella.server.wire import AdapterRequest, ChatRequest, CompletionRequest,
 
 Wish = TypeVar("Wish", bound=Drawing)
 Kind = TypeVar("Kind", bound=Wire)
-ASKING = answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+STREAMED = {
+    "description": "Whole, or with stream: true as events",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+ASKING = {**answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503), 200: STREAMED}
 CLIENT_GONE = 499  # nginx's; nobody reads it but the log and the metrics
 
 

@@ -20,6 +20,7 @@ from tessella.server.refusal import Refusal
 from tessella.server.settings import LOOPBACK_NAMES, Settings
 
 OPEN = ("/health", "/ready", "/docs", "/openapi.json")  # without a key: they tell nothing of anybody
+MOST_HEADERS = 100
 ADMIN = "/v1/adapters"
 HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store", "referrer-policy": "no-referrer"}
 ALLOWED_HEADERS = "authorization, content-type"
@@ -53,6 +54,7 @@ class Door:
             await send(message)
 
         try:
+            self._check_size(scope)
             self._check_host(headers)
             extra |= self._check_origin(headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -71,6 +73,15 @@ class Door:
         except Refusal as refusal:
             self.metrics.refused(refusal)
             await refusal.response()(scope, receive, send_with_headers)
+
+    def _check_size(self, scope: Scope) -> None:
+        """What came in one piece was not measured by h11, which only bounds what it keeps."""
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        )
+        if size > self.settings.head_bytes or len(scope["headers"]) > MOST_HEADERS:
+            limit = f"{self.settings.head_bytes:,} bytes and {MOST_HEADERS} headers"
+            raise Refusal(431, f"the head has more than {limit}; send less", code="head_too_large")
 
     def _check_host(self, headers: Headers) -> None:
         """A keyless server on this machine answers only to names of this machine: a name that strangers own may point here."""

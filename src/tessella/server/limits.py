@@ -92,17 +92,28 @@ class Budget:
 
 
 class Lease:
-    """What one request holds of a Budget; given back once, as a whole."""
+    """What one request holds of a Budget; given back once, as a whole. Thread-safe.
+
+    A picture may still be cut in the pool when its client has gone and the lease has ended: nothing is taken then.
+    """
 
     def __init__(self, budget: Budget):
         self._budget = budget
+        self._lock = threading.Lock()
+        self._over = False
         self.held = 0
 
     def take(self, size: int) -> None:
-        """Raises Refusal 429 when they do not fit."""
-        self._budget.take(size)
-        self.held += size
+        """Raises Refusal 429 when they do not fit, 408 when the lease has ended."""
+        with self._lock:
+            if self._over:
+                raise Refusal(408, "the request has ended", code="time_limit")
+            self._budget.take(size)
+            self.held += size
 
     def end(self) -> None:
-        self._budget.give_back(self.held)
-        self.held = 0
+        """Gives all back; once ended, it does nothing."""
+        with self._lock:
+            self._over = True
+            self._budget.give_back(self.held)
+            self.held = 0

@@ -6,7 +6,7 @@ The event loop only waits here: pictures are opened, cut and tokenised, and sche
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from tessella.server.stream import Mailbox
 from tessella.server.wire import ChatRequest, CompletionRequest, Drawing, JsonFormat, SchemaFormat
 
 Result = TypeVar("Result")
+LETTERS_A_TOKEN = 128  # of the longest tokens, which are runs of spaces
 
 
 class Engine(Protocol):
@@ -83,6 +84,7 @@ class Service:
         turns, shown = conversation(wish.messages, wish.max_tiles)
         if len(shown) > self.settings.pictures:
             raise Refusal(400, f"{len(shown)} pictures; at most {self.settings.pictures}: send fewer", code="too_many_images")
+        self._check_length(turn.text for turn in turns)
         fetched = await self._fetch(shown)
 
         def build() -> list[Request]:
@@ -101,6 +103,7 @@ class Service:
         adapter = self._adapter(wish.model)
         texts = [wish.prompt] if isinstance(wish.prompt, str) else wish.prompt
         answers = self._answers(wish, len(texts))
+        self._check_length(texts)
 
         def build() -> list[Request]:
             prompts = [self.inputs.build_text(text, room=wish.max_tokens or 1) for text in texts]
@@ -130,6 +133,13 @@ class Service:
         if self.engine.state().waiting >= self.settings.queue:  # told before any picture is opened
             raise queue_full()
         return answers
+
+    def _check_length(self, texts: Iterable[str]) -> None:
+        """What cannot fit in any tokenizer's hands is not handed to it: it takes a second for each megabyte."""
+        letters, most = sum(map(len, texts)), self.inputs.context_tokens * LETTERS_A_TOKEN
+        if letters > most:
+            message = f"{letters:,} letters; at most {most:,}, and fewer if they are words: send a shorter text"
+            raise Refusal(400, message, code="context_length_exceeded")
 
     async def _fetch(self, shown: Sequence[Shown]) -> dict[str, bytes]:
         """The pictures from the web, by URL, one after the other: a request is no reason to knock at many doors at once."""

@@ -8,12 +8,19 @@ Source: OpenAI's API reference for chat completions; top_k, min_p, repetition_pe
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from tessella.server.refusal import Refusal
 
 Unserved = Annotated[None, Field(default=None, description="Not served; only null is accepted.")]
 ShortText = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # 5.0 is an integer to JSON schema, and so to our page
 
 
 class Wire(BaseModel):
@@ -101,18 +108,18 @@ class Drawing(Wire):
     model: str = Field(min_length=1, max_length=200, description="A name that /v1/models lists.")
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description="0: all.")
+    top_k: Whole | None = Field(None, ge=0, le=1_000_000, description="0: all.")
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    max_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Of each answer; default: what the server says.")
-    seed: int | None = Field(
+    max_tokens: Whole | None = Field(None, ge=1, le=10_000_000, description="Of each answer; default: what the server says.")
+    seed: Whole | None = Field(
         None, ge=0, lt=2**62, description="The same seed gives the same answer; answer i draws with seed + i."
     )
-    n: int | None = Field(None, ge=1, le=128, description="Answers to one prompt.")
+    n: Whole | None = Field(None, ge=1, le=128, description="Answers to one prompt.")
     stop: Texts | None = Field(None, description="At most 16.")
-    stop_token_ids: list[int] | None = Field(None, max_length=64)
+    stop_token_ids: list[Whole] | None = Field(None, max_length=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: Unserved
@@ -135,10 +142,10 @@ class Drawing(Wire):
 
 class ChatRequest(Drawing):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Another name of max_tokens.")
-    max_tiles: int | None = Field(None, ge=1, le=40, description="Most tiles a picture is cut into, without the thumbnail.")
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=10_000_000, description="Another name of max_tokens.")
+    max_tiles: Whole | None = Field(None, ge=1, le=40, description="Most tiles a picture is cut into, without the thumbnail.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: Format | None = None
     modalities: list[Literal["text"]] | None = None
     audio: Unserved
@@ -163,7 +170,7 @@ class ChatRequest(Drawing):
 
 class CompletionRequest(Drawing):
     prompt: Prompts = Field(description="Text, or several; no template is put around it.")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Whole | None = Field(None, ge=0, le=20)
     best_of: Unserved
     echo: Literal[False] | None = None
     suffix: Unserved
