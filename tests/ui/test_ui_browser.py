@@ -61,7 +61,7 @@ def test_pictures_answers_and_turns_follow_each_other(chat: Chat, picture: Calla
     chat.ask("what is it?")
     assert chat.answer() == "tiny heard “what is it?”, turn 1, pictures #ff0000."
     facts = chat.facts()
-    assert re.fullmatch(r"263 tokens asked · tiles: 1 · \d+ answered · first after [\d.]+ s · \d+ tokens/s", facts), facts
+    assert re.fullmatch(r"263 tokens asked · tiles: 1 · \d+ answered · first after [\d.]+ s · [\d.]+ tokens/s", facts), facts
     chat.show(picture("#00ff00"), picture("#0000ff"))
     chat.ask("and these?")
     assert chat.answer() == "tiny heard “and these?”, turn 2, pictures #ff0000 #00ff00 #0000ff."
@@ -81,6 +81,23 @@ def test_an_answer_is_seen_while_it_grows_and_stops_when_told(chat: Chat, stand_
     chat.ask("go on")
     assert "turn 2" in chat.answer()
     assert kept.startswith("word0") and chat.text(0) == kept
+
+
+def test_the_end_stays_in_sight_until_a_person_scrolls_up(chat: Chat, picture: Callable[[str], Path]) -> None:
+    below = (
+        "(() => { const log = document.querySelector('.turns'); return log.scrollHeight - log.scrollTop - log.clientHeight; })()"
+    )
+    for colour in ("#ff0000", "#00ff00", "#0000ff"):
+        chat.show(picture(colour))
+        chat.ask("where is it?")
+    chat.page.wait_for_function(f"{below} < 2")
+    chat.ask("slowly", wait=False)
+    chat.page.wait_for_function("[...document.querySelectorAll('.answer .said')].at(-1).textContent.includes('word2')")
+    chat.page.evaluate("document.querySelector('.turns').scrollTop = 0")
+    chat.page.wait_for_function("[...document.querySelectorAll('.answer .said')].at(-1).textContent.includes('word6')")
+    assert chat.page.evaluate("document.querySelector('.turns').scrollTop") == 0
+    chat.page.get_by_role("button", name="Stop").click()
+    chat.done()
 
 
 def test_a_tab_that_is_closed_stops_its_answer(tab: Callable[..., Chat], stand_in: StandIn) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not 
 
 from chat_processes import free_port
 
+from tessella import cli
 from tessella.errors import ConfigError, DataError
 from tessella.foods import STYLES, foods
 from tessella.train.readers import draft_row
@@ -302,6 +303,23 @@ def test_a_question_needs_words_and_somebody_to_ask() -> None:
 
 
 # ---- the door
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--server", "gpu-box"], '"gpu-box" is no address'),
+        (["--pictures", "./nowhere"], "nowhere cannot be read"),
+        (["--port", "0"], "port is 0"),
+        (["--password", "short"], "at least 8"),
+        (["--share"], "--share opens the page to the internet"),
+        (["--json", "no/such/folder/x.json"], "no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", *words]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("tessella: ") and told in error and "Traceback" not in error
 
 
 def options(**changes: Any) -> launch.Options:

@@ -8,7 +8,13 @@ function follow() {
   if (following) log.scrollTop = log.scrollHeight;
 }
 
-log.addEventListener("scroll", () => { following = log.scrollHeight - log.scrollTop - log.clientHeight < 60; });
+let lastTop = 0;
+log.addEventListener("scroll", () => {
+  // Only a way up is a person's: what is said makes the conversation longer, it does not move it.
+  if (log.scrollTop < lastTop - 2) following = false;
+  else if (log.scrollHeight - log.scrollTop - log.clientHeight < 60) following = true;
+  lastTop = log.scrollTop;
+});
 log.addEventListener("load", follow, true); // a picture that has come makes the conversation longer
 new ResizeObserver(follow).observe(log);
 
@@ -33,7 +39,7 @@ function trim(parent, length) {
 
 function show() {
   const { turns, busy, words, language } = props.value;
-  if (turns.length > log.children.length) following = true;
+  if (busy && log.getAttribute("aria-busy") !== "true") following = true;
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   log.setAttribute("aria-label", words.conversation);
   log.setAttribute("aria-busy", busy);

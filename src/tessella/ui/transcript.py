@@ -126,7 +126,8 @@ def facts(answer: Answer, language: str) -> str:
     if answer.first_token_s is not None:
         said.append(say(language, "first_token", seconds=f"{answer.first_token_s:.2f}"))
     if answer.tokens_a_second is not None:
-        said.append(say(language, "rate", rate=f"{answer.tokens_a_second:.0f}"))
+        rate = answer.tokens_a_second
+        said.append(say(language, "rate", rate=f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"))
     if answer.ended in ("stopped", "length"):
         said.append(say(language, answer.ended))
     if answer.corrected:
