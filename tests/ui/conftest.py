@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_processes import StandIn, free_port
 from PIL import Image
+
+from chat_processes import StandIn, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

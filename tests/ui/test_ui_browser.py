@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from chat_pages import Chat
 from chat_processes import StandIn, fetch, free_port, wait_for
-
 from tessella.checkpoint.builtin import cache_folder
 from tessella.checkpoint.smollm2 import language_base
 from tessella.errors import DownloadError

@@ -16,7 +16,6 @@ from PIL import Image
 pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not installed; it is in the ui extra")
 
 from chat_processes import free_port
-
 from tessella import cli
 from tessella.errors import ConfigError, DataError
 from tessella.foods import STYLES, foods
