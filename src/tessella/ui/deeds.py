@@ -3,8 +3,10 @@
 A deed that answers is an asynchronous generator: each step shows the conversation as far as it has come.
 """
 
+import asyncio
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from tessella.ui.client import Choice, Server, choices
+from tessella.ui.client import CONNECT_S, Choice, Server, choices
 from tessella.ui.conversation import Settings, record_of, row_of
 from tessella.ui.pictures import take_in
 from tessella.ui.quickbar import quick_bar
@@ -27,6 +29,10 @@ Steps = AsyncIterator[tuple[Any, ...]]
 Words = Callable[[str], dict[gr.components.Component, dict[str, Any]]]  # a language -> what each part of the page says in it
 
 
+AWAY_S = 3.0  # until a server that did not answer is asked again
+THERE_S = 20.0  # until one that did is: it may have loaded another adapter
+
+
 class Deeds:
     """The deeds of one page; what belongs to a tab comes in as its Talk and the values of its fields."""
 
@@ -36,13 +42,16 @@ class Deeds:
         self.folder = folder
         self.words = words
         self.known: dict[str, Choice] = {}  # every model that a server has named, by the label on the page
+        self.found: tuple[list[Choice], list[Trouble]] = ([], [])  # at the last look
+        self.look_again_s = 0.0  # time.monotonic() from which on a look asks the servers anew
 
     # ---- asking
 
     async def ask(self, box: Update, talk: Talk, language: str, *settings: Any) -> Steps:
         """Ask what is in the box."""
         try:
-            pictures = [take_in(Path(path), self.folder) for path in box["files"]]
+            # In a thread: a large photograph takes a second, and other tabs' answers must not wait for it.
+            pictures = [await asyncio.to_thread(take_in, Path(path), self.folder) for path in box["files"]]
             steps = talk.ask(box["text"], pictures, *self.wish(*settings))
         except Trouble as trouble:
             yield self._refuse(trouble, language)
@@ -66,7 +75,7 @@ class Deeds:
         """A button of the quick bar: another kind is opened, a picture is put into the box, a question is asked."""
         number = _number(event, "number")
         if event.what == "kind":
-            yield gr.skip(), gr.skip(), quick_bar(self.rows, number, language), number
+            yield gr.skip(), gr.skip(), await asyncio.to_thread(quick_bar, self.rows, number, language), number
         elif event.what == "picture":
             yield gr.skip(), {"text": box["text"], "files": [*box["files"], self._copy(kind, number)]}, gr.skip(), gr.skip()
         else:
@@ -89,6 +98,8 @@ class Deeds:
         async for _ in steps:
             yield self.view(talk, language), {**box, "submit_btn": False, "stop_btn": True} if first else gr.skip()
             first = False
+        if any(answer.trouble for turn in talk.turns[-1:] for answer in turn.answers):
+            self.look_again_s = 0.0  # is the server there at all?
         yield self.view(talk, language), gr.update(submit_btn=True, stop_btn=False)
 
     def _refuse(self, trouble: Trouble, language: str) -> tuple[Any, Any]:
@@ -188,7 +199,11 @@ class Deeds:
 
     async def look(self, language: str, model: str | None, second: str | None) -> tuple[Any, Any, Any]:
         """Is the server there, and what does it serve? What is chosen stays chosen while it is served."""
-        found, troubles = await choices(self.servers)
+        if time.monotonic() >= self.look_again_s:  # one question for all tabs
+            self.look_again_s = time.monotonic() + CONNECT_S  # meanwhile the others take what was found last
+            self.found = await choices(self.servers)
+            self.look_again_s = time.monotonic() + (AWAY_S if self.found[1] else THERE_S)
+        found, troubles = self.found
         labels = [choice.label for choice in found]
         self.known.update((choice.label, choice) for choice in found)
         told = "".join(f'<p class="away" role="status">{escape(trouble.sentence(language))}</p>' for trouble in troubles)
@@ -206,7 +221,7 @@ class Deeds:
     async def speak(self, language: str, talk: Talk, kind: int) -> list[Any]:
         """Everything in another language, the conversation's own words excepted."""
         words = [gr.update(**said) for said in self.words(language).values()]
-        return [*words, self.view(talk, language), quick_bar(self.rows, kind, language)]
+        return [*words, self.view(talk, language), await asyncio.to_thread(quick_bar, self.rows, kind, language)]
 
 
 def _number(event: gr.EventData, name: str) -> int:

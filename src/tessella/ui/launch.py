@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -30,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tessella.ui.page import HERE, build
 
 USER = "tessella"
+KEPT_S = 86_400.0  # a picture that was shown
 LARGEST_UPLOAD = "20mb"  # what the server takes of one picture
 FONTS = (
     "system-ui",
@@ -145,7 +147,7 @@ def serve(options: Options, ready: Callable[[str], None]) -> None:
             print(f"user {USER}, password {password}", file=sys.stderr)
         ready(address)
         try:
-            _wait()
+            _wait(folder)
         finally:
             blocks.close(verbose=False)
 
@@ -205,13 +207,15 @@ def open_page(blocks: gr.Blocks, options: Options, password: str | None, folder:
     return str(public or address)
 
 
-def _wait() -> None:
-    """Until Ctrl-C or SIGTERM."""
+def _wait(folder: Path) -> None:
+    """Until Ctrl-C or SIGTERM; meanwhile copies of pictures that are a day old are deleted, as Gradio does with uploads."""
     ended = threading.Event()
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not ended.wait(3600):
-            pass
+            for path in folder.rglob("*.*"):
+                if time.time() - path.stat().st_mtime > KEPT_S:
+                    path.unlink()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

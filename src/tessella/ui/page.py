@@ -12,14 +12,13 @@ import gradio as gr
 
 from tessella.ui.client import Server
 from tessella.ui.deeds import Deeds
-from tessella.ui.quickbar import quick_bar
 from tessella.ui.shelf import Row
 from tessella.ui.talk import Talk
 from tessella.ui.transcript import icon_button, turns_as_parts
 from tessella.ui.words import LANGUAGES, say
 
 HERE = Path(__file__).parent
-POLL_S = 4.0  # between two looks whether the server is there and what it serves
+POLL_S = 4.0  # between two looks of a tab whether the server is there; Deeds.look asks it less often
 TOGGLE_THEME = """() => {
   const dark = document.body.classList.toggle('dark');
   localStorage.setItem('tessella-theme', dark ? 'dark' : 'light');
@@ -123,12 +122,12 @@ class Parts:
 def build(servers: tuple[Server, ...], rows: Sequence[Row], folder: Path) -> gr.Blocks:
     """The whole page. folder holds copies and drawings of pictures for as long as the page is served."""
     with gr.Blocks(title="Tessella", analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
-        parts = _lay_out(rows, folder)
+        parts = _lay_out(folder)
         _wire(blocks, parts, Deeds(servers, rows, folder, parts.words))
     return blocks
 
 
-def _lay_out(rows: Sequence[Row], folder: Path) -> Parts:
+def _lay_out(folder: Path) -> Parts:
     language = "en"  # until the page is loaded and says which it wants
     state = {"talk": gr.State(Talk()), "kind": gr.State(0)}
     with gr.Sidebar(position="left", open=False, width=300, elem_id="settings"):
@@ -154,7 +153,7 @@ def _lay_out(rows: Sequence[Row], folder: Path) -> Parts:
         apply_default_css=False,
         elem_id="transcript",
     )
-    quick = gr.HTML(quick_bar(rows, 0, language), js_on_load=_script("quickbar"), apply_default_css=False, elem_id="quick")
+    quick = gr.HTML(js_on_load=_script("quickbar"), apply_default_css=False, elem_id="quick")
     with gr.Row(elem_id="ask"):
         box = gr.MultimodalTextbox(
             file_count="multiple",

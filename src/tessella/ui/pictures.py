@@ -31,8 +31,12 @@ class Picture:
     height_px: int
 
     def data_url(self) -> str:
-        """The bytes as they were given: what the model sees must not depend on this page."""
-        return f"data:{self.mime};base64,{base64.b64encode(self.path.read_bytes()).decode()}"
+        """The bytes as they were given: what the model sees must not depend on this page. Raises Trouble when they are gone."""
+        try:
+            raw = self.path.read_bytes()
+        except OSError as error:  # uploads are forgotten after a day
+            raise Trouble("bad_picture", name=self.name, reason=error.strerror or "unreadable") from error
+        return f"data:{self.mime};base64,{base64.b64encode(raw).decode()}"
 
 
 def take_in(path: Path, folder: Path) -> Picture:
@@ -51,15 +55,15 @@ def take_in(path: Path, folder: Path) -> Picture:
 
 def thumbnail(path: Path) -> str:
     """A data: URL small enough to be sent with the page. Raises Trouble as take_in does."""
-    image, _ = _open(path)
+    image, _ = _open(path, THUMBNAIL_PX)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _open(path: Path) -> tuple[Image.Image, str]:
-    """(RGB or RGBA, right side up; MIME type)."""
+def _open(path: Path, enough_px: int | None = None) -> tuple[Image.Image, str]:
+    """(RGB or RGBA, right side up; MIME type). With enough_px a JPEG is decoded smaller, not below that: eight times as fast."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
@@ -68,6 +72,8 @@ def _open(path: Path) -> tuple[Image.Image, str]:
         megapixels = image.width * image.height / 1e6
         if megapixels > LIMIT_MEGAPIXELS:
             raise Trouble("large_picture", name=path.name, megapixels=f"{megapixels:.0f}", limit=f"{LIMIT_MEGAPIXELS:.0f}")
+        if enough_px is not None:
+            image.draft("RGB", (2 * enough_px, 2 * enough_px))
         upright = ImageOps.exif_transpose(image)
         return upright.convert("RGBA" if upright.has_transparency_data else "RGB"), mime
     except UnidentifiedImageError as error:

@@ -5,8 +5,9 @@ In: questions, pictures, and whom to ask.  Out: turns that grow; each step of an
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tessella.ui.client import Choice
@@ -80,7 +81,7 @@ class Talk:
         turn.answers = turn.answers[: len(whom)]
         for column in columns:
             turn.answers[column] = answer = Answer(whom[column].label, how)
-            request = request_of(before, turn, column, whom[column].model, how)
+            request = partial(request_of, before, turn, column, whom[column].model, how)
             self.tasks.append(asyncio.create_task(_grow(answer, whom[column], request)))
         try:
             waiting: set[asyncio.Task[None]] = set(self.tasks)
@@ -97,12 +98,12 @@ class Talk:
         yield
 
 
-async def _grow(answer: Answer, choice: Choice, request: dict[str, Any]) -> None:
+async def _grow(answer: Answer, choice: Choice, request: Callable[[], dict[str, Any]]) -> None:
     """Take the pieces of one answer in, with the times at which they come."""
     start = time.perf_counter()
-    pieces = choice.server.pieces(request)
     try:
-        async for piece in pieces:
+        body = await asyncio.to_thread(request)  # it reads pictures
+        async for piece in choice.server.pieces(body):
             _take(answer, piece, time.perf_counter() - start)
         answer.ended = answer.ended or "stop"
     except Trouble as trouble:

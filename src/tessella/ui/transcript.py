@@ -5,6 +5,7 @@ What a model or a person says goes through Markdown without HTML and without pic
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def turns_as_parts(turns: Sequence[Turn], language: str, folder: Path, busy: boo
     return {"turns": parts, "busy": busy, "words": words, "language": language}
 
 
+@lru_cache(maxsize=512)  # the page looks twelve times a second, and only the last answer has changed
 def markdown(text: str) -> str:
     """Safe HTML. A link opens in a tab of its own, and does not tell where it was followed from."""
     html: str = _MARKDOWN.render(text)
