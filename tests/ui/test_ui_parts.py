@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -29,7 +31,7 @@ from tessella.ui.shelf import rows_of_folder
 from tessella.ui.talk import Talk
 from tessella.ui.transcript import facts, markdown, turns_as_parts
 from tessella.ui.trouble import Trouble
-from tessella.webchat import food_rows
+from tessella.webchat import Ui, food_rows
 
 
 def answered(question: str, *texts: str, pictures: tuple[Picture, ...] = ()) -> Turn:
@@ -302,6 +304,13 @@ def test_a_question_needs_words_and_somebody_to_ask() -> None:
 
 
 # ---- the door
+
+
+def test_the_page_about_it_names_every_flag_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "web-chat.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| `--")]
+    named = {flag for line in table for flag in re.findall(r"--([a-z-]+)", line.split("|")[1])}
+    assert named == {field.name.replace("_", "-").replace("open", "no-open") for field in fields(Ui)}
 
 
 @pytest.mark.parametrize(
