@@ -16,8 +16,7 @@ from pathlib import Path
 from serving import Askers, quantile, serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
-import abuse  # noqa: E402  (it lives beside the tests)
-
+import abuse
 
 CACHE = ("--cache-tokens", "4096")  # small, so that a cache that fills is not taken for a leak
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving import Askers, Server, quantile, serving, slope_per_hour
+from serving import Asked, Askers, Server, quantile, serving, slope_per_hour
 
 
 def watch(server: Server, seconds: float, every_s: float) -> list[dict[str, float]]:
@@ -20,7 +20,9 @@ def watch(server: Server, seconds: float, every_s: float) -> list[dict[str, floa
     while time.monotonic() - begun < seconds:
         gauges = server.gauges()
         row = {"s": round(time.monotonic() - begun, 1), "resident_mib": round(server.resident_mib(), 1)}
-        rows.append(row | {name: gauges[f"tessella_engine_{name}"] for name in ("running", "waiting", "blocks_used", "blocks_cached")})
+        rows.append(
+            row | {name: gauges[f"tessella_engine_{name}"] for name in ("running", "waiting", "blocks_used", "blocks_cached")}
+        )
         time.sleep(every_s)
     return rows
 
@@ -34,8 +36,11 @@ def main() -> None:
     words.add_argument("--askers", type=int, default=8)
     words.add_argument("--max-tokens", type=int, default=24)
     words.add_argument("--json", type=Path)
+    words.add_argument(
+        "--words", nargs="*", default=["--cache-tokens", "8192"], help="of tessella serve; a small cache fills soon"
+    )
     wish = words.parse_args()
-    with serving(wish.model) as server:
+    with serving(wish.model, *wish.words) as server:
         Askers(server, 1, wish.max_tokens, None).stop()  # the first question pays for warming up
         full = Askers(server, wish.askers, wish.max_tokens, None, first_number=10_000)
         time.sleep(wish.calibrate_s)
@@ -54,7 +59,9 @@ def main() -> None:
         wish.json.write_text(json.dumps({**result, "rows": rows}, indent=1))
 
 
-def told(capacity_hz: float, rate_hz: float, minutes: float, rows: list[Any], asked: list[Any], idle: dict[str, float]) -> dict[str, Any]:
+def told(
+    capacity_hz: float, rate_hz: float, minutes: float, rows: list[Any], asked: list[Asked], idle: dict[str, float]
+) -> dict[str, Any]:
     errors = [one.error for one in asked if one.error]
     settled = rows[len(rows) // 4 :]  # the caches fill first
     free = [(row["s"], idle["tessella_engine_blocks"] - row["blocks_used"]) for row in settled]

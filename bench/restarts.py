@@ -1,6 +1,6 @@
 """kill -9 in the middle of answers, and start again on the same port: always ready, nothing stale.
 
-    python bench/restarts.py --model tessella-nano --times 100
+python bench/restarts.py --model tessella-nano --times 100
 """
 
 import argparse
@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 from serving import Askers, Server, ask, free_port, quantile, question, start, wait_until_ready
 
 
@@ -24,8 +24,8 @@ def main() -> None:
         process, url = start(wish.model, port=port)
         try:
             ready_s.append(wait_until_ready(process, url))
-            server = Server(process, url, httpx.get(f"{url}/v1/models").json()["data"][0]["id"])
-            with httpx.Client(base_url=url, timeout=60) as client:
+            server = Server(process, url, httpx2.get(f"{url}/v1/models").json()["data"][0]["id"])
+            with httpx2.Client(base_url=url, timeout=60) as client:
                 answer = ask(client, question(server, number, 4))
             if answer.error:
                 failures.append(f"{number}: {answer.error}")

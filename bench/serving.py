@@ -1,10 +1,11 @@
-"""Started and watched from outside, as its keepers would: a server process, its questions, its memory. Used by load.py and others.
+"""A server started and watched from outside, as its keepers would: its questions, its answers, its memory. Used by load.py.
 
 In: words of `tessella serve`.  Out: a Server that answers, and what was said of each request.
 """
 
 import base64
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 
 from tessella.foods import foods, picture
@@ -33,14 +34,12 @@ class Server:
 
     def gauges(self) -> dict[str, float]:
         """The plain lines of /metrics."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx2.get(f"{self.url}/metrics").text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#") and "{" not in line)
         return {name: float(value) for name, value in pairs}
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
@@ -59,9 +58,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, within_s: float
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode} before it was ready")
         try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+            if httpx2.get(f"{url}/ready", timeout=5).status_code == 200:
                 return time.monotonic() - begun
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass  # it does not listen yet
         time.sleep(0.05)
     raise RuntimeError(f"the server was not ready within {within_s:g} s")
@@ -72,7 +71,7 @@ def serving(model: str, *words: str) -> Iterator[Server]:
     process, url = start(model, *words)
     try:
         wait_until_ready(process, url)
-        name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+        name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
         yield Server(process, url, name)
     finally:
         process.terminate()
@@ -104,7 +103,7 @@ def question(server: Server, number: int, max_tokens: int, pictures_every: int =
     return {"model": server.model, "messages": messages, "max_tokens": max_tokens, **options}
 
 
-def ask(client: httpx.Client, body: dict[str, Any]) -> Asked:
+def ask(client: httpx2.Client, body: dict[str, Any]) -> Asked:
     """Streams one answer to its end, and checks that it has one."""
     begun = time.monotonic()
     first, tokens, finish, done, error = None, 0, None, False, None
@@ -125,7 +124,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Asked:
                     choice = chunk["choices"][0]
                     finish = finish or choice["finish_reason"]
                     first = first or (time.monotonic() - begun if choice["delta"].get("content") else None)
-    except httpx.HTTPError as broken:
+    except httpx2.HTTPError as broken:
         error = f"{type(broken).__name__}: {broken}"
     if error is None and (not done or finish not in ("stop", "length")):
         error = "the answer was not whole"
@@ -147,11 +146,12 @@ class Askers:
             thread.start()
 
     def _run(self) -> None:
-        with httpx.Client(base_url=self._server.url, timeout=300) as client:
+        with httpx2.Client(base_url=self._server.url, timeout=300) as client:
             while not self._stop.is_set():
                 with self._lock:
                     number, self._number = self._number, self._number + 1
-                if self._rate_hz and self._stop.wait(max(0.0, self._begun + (number - self._first) / self._rate_hz - time.monotonic())):
+                due = self._begun + (number - self._first) / self._rate_hz if self._rate_hz else 0.0
+                if self._stop.wait(max(0.0, due - time.monotonic())):
                     return
                 asked = ask(client, question(self._server, number, self._max_tokens))
                 with self._lock:

@@ -31,7 +31,7 @@ MENDABLE = {
 # Packages that only some commands need -> how to get them.
 OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
 OPTIONAL |= dict.fromkeys(
-    ("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance"),
+    ("fastapi", "uvicorn", "prometheus_client", "httpx2", "llguidance"),
     "serving needs the serve extra: pip install 'tessella[serve]'",
 )
 
