@@ -34,7 +34,7 @@ OPTIONAL |= dict.fromkeys(
     ("fastapi", "uvicorn", "prometheus_client", "llguidance"), "serving needs the serve extra: pip install 'tessella[serve]'"
 )
 OPTIONAL |= dict.fromkeys(("gradio", "markdown_it"), "the web chat needs the ui extra: pip install 'tessella[ui]'")
-OPTIONAL["httpx"] = "serving and the web chat need their extras: pip install 'tessella[serve,ui]'"
+OPTIONAL["httpx2"] = "serving and the web chat need their extras: pip install 'tessella[serve,ui]'"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -76,8 +76,8 @@ class Serve:
     """Longest time for an answer."""
     drain_seconds: float = 30.0
     """Longest time that running answers get after SIGTERM."""
-    workers: int = 2
-    """Threads that open pictures and compile schemas."""
+    workers: int | None = None
+    """Threads that open pictures and compile schemas; default: half of the cores, at least 2."""
     cache_tokens: int | None = None
     """Tokens that the cache holds; default: by --cache-fraction."""
     cache_fraction: float = 0.5
@@ -180,7 +180,7 @@ class Serve:
             client_at_once=self.client_at_once,
             answer_s=self.answer_seconds,
             drain_s=self.drain_seconds,
-            workers=self.workers,
+            workers=self.workers or max(2, (os.cpu_count() or 2) // 2),
         )
 
     def greeting(self, settings: Settings, loaded: "Loaded", port: int) -> str:

@@ -55,7 +55,7 @@ class Ui:
     """Write where the page was and what it asked there, when it ends; docs/json.md lists the keys."""
 
     def run(self) -> dict[str, Any]:
-        from tessella.ui.client import Server  # httpx
+        from tessella.ui.client import Server  # httpx2
         from tessella.ui.launch import Options, serve  # gradio
         from tessella.ui.shelf import rows_of_folder  # with the rest of its room
 

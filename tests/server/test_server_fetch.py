@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Callable
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image
 from stand_in import NAME
@@ -15,10 +15,10 @@ from tessella.server.settings import Settings
 
 HOST = "pics.example.org"
 PUBLIC = "93.184.216.34"
-Answer = Callable[[httpx.Request], httpx.Response]
+Answer = Callable[[httpx2.Request], httpx2.Response]
 
 
-class Bytes(httpx.AsyncByteStream):
+class Bytes(httpx2.AsyncByteStream):
     def __init__(self, data: bytes, times: int = 1):
         self.data, self.times = data, times
 
@@ -38,17 +38,17 @@ class Web:
 
     def __init__(self, *addresses: list[str], answer: Answer | None = None, **settings: object):
         self.lookups: list[str] = []
-        self.requests: list[httpx.Request] = []
+        self.requests: list[httpx2.Request] = []
         self._addresses = list(addresses) or [[PUBLIC]]
-        self._answer = answer or (lambda request: httpx.Response(200, stream=Bytes(png())))
+        self._answer = answer or (lambda request: httpx2.Response(200, stream=Bytes(png())))
         wanted = Settings(**{"name": NAME, "image_domains": (HOST, "more.example.org"), **settings})  # type: ignore[arg-type]
-        self._fetcher = Fetcher(wanted, self._resolve, httpx.MockTransport(self._respond))
+        self._fetcher = Fetcher(wanted, self._resolve, httpx2.MockTransport(self._respond))
 
     async def _resolve(self, host: str) -> list[str]:
         self.lookups.append(host)
         return self._addresses.pop(0) if len(self._addresses) > 1 else self._addresses[0]
 
-    async def _respond(self, request: httpx.Request) -> httpx.Response:
+    async def _respond(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
         response = self._answer(request)
         if response.status_code == 299:
@@ -171,11 +171,11 @@ def test_public_addresses_are_public() -> None:
 def moved(to: str, times: int = 1) -> Answer:
     left = [times]
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         if left[0]:
             left[0] -= 1
-            return httpx.Response(302, headers={"location": to})
-        return httpx.Response(200, stream=Bytes(png()))
+            return httpx2.Response(302, headers={"location": to})
+        return httpx2.Response(200, stream=Bytes(png()))
 
     return answer
 
@@ -224,13 +224,13 @@ def test_bytes_and_time_are_limited_and_what_is_not_there_is_told() -> None:
     url = f"https://{HOST}/a.png"
 
     assert (
-        Web(answer=lambda _: httpx.Response(200, stream=Bytes(b"x" * 1000, 10**9)), picture_bytes=5000).refused(url)
+        Web(answer=lambda _: httpx2.Response(200, stream=Bytes(b"x" * 1000, 10**9)), picture_bytes=5000).refused(url)
         == "image_too_large"
     )
-    assert Web(answer=lambda _: httpx.Response(299), fetch_s=0.1).refused(url) == "image_url_failed"
-    assert Web(answer=lambda _: httpx.Response(404)).refused(url) == "image_url_failed"
+    assert Web(answer=lambda _: httpx2.Response(299), fetch_s=0.1).refused(url) == "image_url_failed"
+    assert Web(answer=lambda _: httpx2.Response(404)).refused(url) == "image_url_failed"
     assert (
-        Web(answer=lambda _: httpx.Response(200, headers={"content-encoding": "br"}, content=b"")).refused(url)
+        Web(answer=lambda _: httpx2.Response(200, headers={"content-encoding": "br"}, content=b"")).refused(url)
         == "image_url_failed"
     )
     assert Web([]).refused(url) == "image_url_not_allowed"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import httpx
+import httpx2
 import pytest
 from stand_in import NAME, Live, ScriptedEngine, folder, live
 
@@ -44,12 +44,12 @@ def head(length: int) -> bytes:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_is_noticed_within_a_second(stream: bool) -> None:
-    with live(ScriptedEngine(step_s=0.05)) as server, httpx.Client(base_url=server.url) as client:
+    with live(ScriptedEngine(step_s=0.05)) as server, httpx2.Client(base_url=server.url) as client:
         if stream:
             with client.stream("POST", "/v1/chat/completions", json={**BODY, "stream": True}) as answer:
                 next(answer.iter_lines())
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx2.ReadTimeout):
                 client.post("/v1/chat/completions", json=BODY, timeout=0.2)
         assert soon(lambda: server.engine.cancelled == 1)
         assert soon(lambda: server.service.memory.held == 0)
@@ -57,12 +57,12 @@ def test_a_client_that_goes_away_is_noticed_within_a_second(stream: bool) -> Non
 
 def test_all_answers_to_a_request_are_cancelled_when_one_is_refused() -> None:
     with live(ScriptedEngine(step_s=0.05, max_waiting=2)) as server:
-        assert httpx.post(f"{server.url}/v1/chat/completions", json={**BODY, "n": 3}).status_code == 429
+        assert httpx2.post(f"{server.url}/v1/chat/completions", json={**BODY, "n": 3}).status_code == 429
         assert soon(lambda: server.engine.cancelled == 2 and server.engine.running == 0)
 
 
 def test_an_answer_that_takes_too_long_is_ended_and_says_so() -> None:
-    with live(ScriptedEngine(step_s=0.05), answer_s=0.3) as server, httpx.Client(base_url=server.url) as client:
+    with live(ScriptedEngine(step_s=0.05), answer_s=0.3) as server, httpx2.Client(base_url=server.url) as client:
         answer = client.post("/v1/chat/completions", json=BODY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "time_limit")
         text = client.post("/v1/chat/completions", json={**BODY, "stream": True}).text
@@ -79,7 +79,7 @@ def test_a_head_a_body_and_a_silence_that_never_end_are_ended() -> None:
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
         with raw(server, head(10**9)) as huge:
             assert huge.recv(1000).startswith(b"HTTP/1.1 413")
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_head_that_trickles_does_not_buy_time() -> None:
@@ -112,25 +112,25 @@ def test_more_connections_than_allowed_are_closed_at_once() -> None:
         for one in held:
             one.close()
         assert soon(lambda: not server.server.server_state.connections)
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
 def test_bodies_that_fill_the_memory_are_refused_and_then_forgotten() -> None:
     with live(memory_bytes=1000) as server:
         with raw(server, head(3000) + b"x" * 900):
             assert soon(lambda: server.service.memory.held == 900)
-            answer = httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stop": "x" * 150})
+            answer = httpx2.post(f"{server.url}/v1/chat/completions", json=BODY | {"stop": "x" * 150})
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
         assert soon(lambda: server.service.memory.held == 0)
-        assert httpx.post(f"{server.url}/v1/chat/completions", json=BODY).status_code == 200
+        assert httpx2.post(f"{server.url}/v1/chat/completions", json=BODY).status_code == 200
 
 
 def test_a_dead_engine_makes_the_server_unwell_and_unready() -> None:
     with live() as server:
         server.engine.alive = False
         for path in ("/health", "/ready"):
-            assert httpx.get(f"{server.url}{path}").status_code == 503
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=BODY)
+            assert httpx2.get(f"{server.url}{path}").status_code == 503
+        answer = httpx2.post(f"{server.url}/v1/chat/completions", json=BODY)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
@@ -145,7 +145,7 @@ def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:
     wish = {**BODY, "stream": True}
     with live(ScriptedEngine(step_s=0.05), drain_s=0.3) as server:
         address = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", address, json=wish) as answer:
+        with httpx2.stream("POST", address, json=wish) as answer:
             next(answer.iter_lines())
             server.server.handle_exit(signal.SIGTERM, None)
             assert soon(lambda: server.engine.cancelled == 1, within_s=6)

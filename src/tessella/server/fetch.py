@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urljoin
 
-import httpx
+import httpx2
 
 from tessella.server.pictures import too_many_bytes
 from tessella.server.refusal import Refusal
@@ -46,15 +46,15 @@ async def look_up(host: str) -> list[str]:
 class Fetcher:
     """resolve and transport are for tests; nothing else sets them."""
 
-    def __init__(self, settings: Settings, resolve: Resolve = look_up, transport: httpx.AsyncBaseTransport | None = None):
+    def __init__(self, settings: Settings, resolve: Resolve = look_up, transport: httpx2.AsyncBaseTransport | None = None):
         self.settings = settings
         self._resolve = resolve
-        self._client = httpx.AsyncClient(
+        self._client = httpx2.AsyncClient(
             trust_env=False,
             follow_redirects=False,
             timeout=settings.fetch_s,
             transport=transport,
-            limits=httpx.Limits(max_connections=32),
+            limits=httpx2.Limits(max_connections=32),
         )
 
     async def close(self) -> None:
@@ -72,7 +72,7 @@ class Fetcher:
                     url = urljoin(f"https://{place.host}{place.rest}", answer)
         except TimeoutError as error:
             raise _unfetched(where, f"did not arrive within {self.settings.fetch_s:g} seconds") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise _unfetched(where, "could not be fetched") from error
         raise _unfetched(where, f"is behind more than {self.settings.fetch_redirects} redirects")
 
@@ -109,7 +109,7 @@ class Fetcher:
         finally:
             await response.aclose()
 
-    async def _read(self, response: httpx.Response, where: str) -> bytes:
+    async def _read(self, response: httpx2.Response, where: str) -> bytes:
         data = bytearray()
         async for part in response.aiter_raw():
             data += part

@@ -55,12 +55,10 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, rows: int, end: int, schema_bytes: int):
-        self._tokenizer = tokenizer
-        self._rows = rows
-        self._end = end
+        # Made now, not at the first schema: it takes a second, in which Python's lock is held and everybody would wait.
+        self._tokens = llguidance.LLTokenizer(_Words(tokenizer, rows, end), n_vocab=rows)
         self._schema_bytes = schema_bytes
         self._lock = threading.Lock()
-        self._tokens: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
     def mask(self, schema: dict[str, Any]) -> JsonMask:
@@ -77,8 +75,6 @@ class Grammars:
             return JsonMask(matcher.deep_copy())
 
     def _compile(self, text: str) -> llguidance.LLMatcher:
-        if self._tokens is None:
-            self._tokens = llguidance.LLTokenizer(_Words(self._tokenizer, self._rows, self._end), n_vocab=self._rows)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=FORM)
         except ValueError as error:
@@ -99,9 +95,10 @@ class _Words:
         added = tokenizer.added_tokens()
         self.eos_token_id = end
         self.bos_token_id = tokenizer.bos_id
-        self.special_token_ids = sorted({*added, end, *range(tokenizer.vocab_size, rows)})
+        special = {*added, end, *range(tokenizer.vocab_size, rows)}
+        self.special_token_ids = sorted(special)
         self.tokens = [
-            b"\xff<%d>" % token_id if token_id in set(self.special_token_ids) else tokenizer.bytes_of(token_id, False, True)
+            b"\xff<%d>" % token_id if token_id in special else tokenizer.bytes_of(token_id, False, True)
             for token_id in range(rows)
         ]
         self._tokenizer = tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 
 from tessella.errors import ConfigError
 from tessella.ui.trouble import Trouble
@@ -58,22 +58,22 @@ class Server:
                 raise Trouble("cut")
 
     @asynccontextmanager
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, silence_s: float) -> AsyncIterator[httpx.Response]:
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, silence_s: float) -> AsyncIterator[httpx2.Response]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        timeout = httpx.Timeout(silence_s, connect=CONNECT_S)
+        timeout = httpx2.Timeout(silence_s, connect=CONNECT_S)
         started = False
         try:
             # A proxy of the environment is no way to this machine itself.
-            async with httpx.AsyncClient(timeout=timeout, trust_env=not _is_here(self.url)) as client:
+            async with httpx2.AsyncClient(timeout=timeout, trust_env=not _is_here(self.url)) as client:
                 address = f"{self.url.rstrip('/')}/v1/{path}"
                 async with client.stream(method, address, json=body, headers=headers) as response:
                     if response.status_code != 200:
                         raise _refusal(response.status_code, _json_or_nothing(await response.aread()))
                     started = True
                     yield response
-        except httpx.ReadTimeout as error:
+        except httpx2.ReadTimeout as error:
             raise Trouble("slow", seconds=f"{silence_s:.0f}") from error
-        except (httpx.TransportError, json.JSONDecodeError) as error:
+        except (httpx2.TransportError, json.JSONDecodeError) as error:
             raise Trouble("cut") if started and body else Trouble("away", url=self.url) from error
 
 
@@ -85,8 +85,8 @@ def _is_here(url: str) -> bool:
         return host == "localhost"
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """The data of server-sent events. Split at newlines alone: httpx's own lines end at U+2028 too, which an answer may hold."""
+async def _events(response: httpx2.Response) -> AsyncIterator[str]:
+    """The data of server-sent events. Split at newlines alone: httpx2's own lines end at U+2028 too, which an answer may hold."""
     rest = b""
     async for some in response.aiter_bytes():
         *lines, rest = (rest + some).split(b"\n")
@@ -107,7 +107,7 @@ def _refusal(status: int, body: dict[str, Any]) -> Trouble:
     """The server's own sentence, in OpenAI's form; what has none is told by its status."""
     error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
-    return Trouble("refused", status=str(status), message=str(message or httpx.codes.get_reason_phrase(status)))
+    return Trouble("refused", status=str(status), message=str(message or httpx2.codes.get_reason_phrase(status)))
 
 
 @dataclass(frozen=True)
