@@ -1,6 +1,7 @@
 """The stand-in server as a process that can be killed and started again, and waiting for it."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _OPEN = build_opener(ProxyHandler({})).open  # this machine is not behind a proxy
 
 

@@ -1,7 +1,6 @@
-"""A web chat of its own process, the stand-in server that it asks, and Debian's Chromium. Without a browser the tests skip."""
+"""A web chat of its own process, the stand-in server that it asks, and Debian's Chromium."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from chat_processes import StandIn, free_port
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from chat_processes import CHROMIUM, StandIn, free_port
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +44,11 @@ def serve_chat() -> Iterator[Callable[..., str]]:
 # A module's, not the session's: while it lives, its event loop runs in this thread, and no other test could run one.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="THE WEB CHAT IS NOT TESTED: playwright is not installed")
-    pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not installed; it is in the ui extra")
-    if CHROMIUM is None:
-        pytest.skip("THE WEB CHAT IS NOT TESTED: no chromium on this machine; apt-get install chromium")
+    from playwright.sync_api import sync_playwright  # the module that asks for it has looked whether it is there
+
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()
 

@@ -28,7 +28,7 @@ class Shot:
 
 EN, ZH = "What food is in this picture?", "图中是什么食物？"
 SHOTS = (
-    Shot("wide-light", 1280, 800, "light", "en-US", (("Sweets", "doughnut"), ("Dishes", "hamburger")), EN, True),
+    Shot("wide-light", 1280, 800, "light", "en-US", (("Dishes", "hamburger"), ("Sweets", "doughnut")), EN, True),
     Shot("wide-dark", 1280, 800, "dark", "zh-CN", (("亚洲美食", "寿司"), ("水果", "樱桃")), ZH, True),
     Shot("narrow-light", 390, 844, "light", "zh-CN", (("水果", "菠萝"),), ZH, False),
     Shot("narrow-dark", 390, 844, "dark", "en-US", (("Sweets", "birthday cake"),), EN, True),

@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 
 from chat_pages import Chat
-from chat_processes import StandIn, fetch, free_port, wait_for
+from chat_processes import CHROMIUM, StandIn, fetch, free_port, wait_for
 from tessella.checkpoint.builtin import cache_folder
 from tessella.checkpoint.smollm2 import language_base
 from tessella.errors import DownloadError
 from tessella.train.readers import draft_row
+
+NOT_TESTED = "THE WEB CHAT IS NOT TESTED IN A BROWSER:"
+pytest.importorskip("gradio", reason=f"{NOT_TESTED} gradio is not installed; it is in the ui extra")
+pytest.importorskip("playwright", reason=f"{NOT_TESTED} playwright is not installed; it is in the test extra")
+if CHROMIUM is None:
+    pytest.skip(f"{NOT_TESTED} no chromium on this machine; apt-get install chromium", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
