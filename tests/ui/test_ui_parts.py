@@ -17,6 +17,8 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="THE WEB CHAT IS NOT TESTED: gradio is not installed; it is in the ui extra")
 
+import gradio as gr
+
 from chat_processes import free_port
 from tessella import cli
 from tessella.errors import ConfigError, DataError
@@ -26,6 +28,7 @@ from tessella.ui import launch, words
 from tessella.ui.boxes import Box, boxes_in, draw, without_tags
 from tessella.ui.client import Choice, Server, choices
 from tessella.ui.conversation import Answer, Settings, Turn, messages_of, record_of, request_of, row_of
+from tessella.ui.deeds import Deeds
 from tessella.ui.pictures import Picture, take_in, thumbnail
 from tessella.ui.shelf import rows_of_folder
 from tessella.ui.talk import Talk
@@ -257,6 +260,19 @@ def test_models_of_several_servers_are_told_apart(
     assert [choice.label for choice in found] == [f"tiny @ {one.url.removeprefix('http://')}"]
     assert [trouble.key for trouble in troubles] == ["odd", "away"]
     assert asyncio.run(choices((one,)))[0][0].label == "tiny"
+
+
+def test_what_a_person_chose_is_left_alone_while_it_is_served(odd_server: Callable[[int, bytes], Server], tmp_path: Path) -> None:
+    deeds = Deeds((odd_server(200, b'{"data": [{"id": "a"}, {"id": "b"}]}'),), food_rows(), tmp_path, lambda _: {})
+
+    async def look(*chosen: Any) -> tuple[Any, ...]:
+        return await deeds.look("en", *chosen)
+
+    _, first, second, offered = asyncio.run(look(None, None, []))
+    assert (first["value"], second["value"], offered) == ("a", "b", ["a", "b"])
+    assert all(update == gr.skip() for update in asyncio.run(look("b", "a", offered))[1:])
+    _, first, second, _ = asyncio.run(look("b", "gone", ["b", "gone"]))
+    assert (first["value"], second["value"]) == ("b", "b")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://", "http://a/?x=1"])

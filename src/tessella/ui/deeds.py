@@ -103,6 +103,7 @@ class Deeds:
         yield self.view(talk, language), gr.update(submit_btn=True, stop_btn=False)
 
     def _refuse(self, trouble: Trouble, language: str) -> tuple[Any, Any]:
+        """Tell it, and leave everything as it is."""
         gr.Warning(escape(trouble.sentence(language)), duration=8, title="")
         return gr.skip(), gr.skip()
 
@@ -148,9 +149,11 @@ class Deeds:
     # ---- the conversation
 
     def view(self, talk: Talk, language: str) -> Update:
+        """The conversation as transcript.js shows it."""
         return turns_as_parts(talk.turns, language, self.folder, talk.busy)
 
     async def stop(self, talk: Talk) -> None:
+        """What has come is kept."""
         talk.stop()
 
     async def undo(self, talk: Talk, language: str) -> tuple[Any, Any]:
@@ -162,6 +165,7 @@ class Deeds:
         return self.view(talk, language), {"text": turn.question, "files": [str(picture.path) for picture in turn.pictures]}
 
     async def correct(self, talk: Talk, language: str, event: gr.EventData) -> Any:
+        """Another text in an answer's place."""
         try:
             talk.correct(_number(event, "turn"), _number(event, "column"), str(event.text))
         except Trouble as trouble:
@@ -169,6 +173,7 @@ class Deeds:
         return self.view(talk, language)
 
     async def new(self, talk: Talk, language: str) -> tuple[Any, Any]:
+        """Everything is forgotten, what waits in the box too."""
         talk.stop()
         talk.turns.clear()
         return self.view(talk, language), gr.update(value=None)
@@ -195,10 +200,15 @@ class Deeds:
     # ---- the page itself
 
     def compare(self, compare: bool) -> tuple[Update, Update]:
+        """The second model's fields are there while two are compared."""
         return gr.update(visible=compare), gr.update(visible=compare)
 
-    async def look(self, language: str, model: str | None, second: str | None) -> tuple[Any, Any, Any]:
-        """Is the server there, and what does it serve? What is chosen stays chosen while it is served."""
+    async def look(self, language: str, model: str | None, second: str | None, offered: list[str]) -> tuple[Any, ...]:
+        """Is the server there, and what does it serve? offered: what this tab offers already.
+
+        The fields are touched only when that has changed: a person may be choosing just now. What is chosen stays chosen while
+        it is served, and while no server answers.
+        """
         if time.monotonic() >= self.look_again_s:  # one question for all tabs
             self.look_again_s = time.monotonic() + CONNECT_S  # meanwhile the others take what was found last
             self.found = await choices(self.servers)
@@ -207,11 +217,11 @@ class Deeds:
         labels = [choice.label for choice in found]
         self.known.update((choice.label, choice) for choice in found)
         told = "".join(f'<p class="away" role="status">{escape(trouble.sentence(language))}</p>' for trouble in troubles)
-        if not labels:  # what was chosen stays: the server may be back in a moment
-            return told, gr.skip(), gr.skip()
+        if not labels or labels == offered:
+            return told, gr.skip(), gr.skip(), gr.skip()
         first = model if model in labels else labels[0]
         other = second if second in labels else labels[min(1, len(labels) - 1)]
-        return told, gr.update(choices=labels, value=first), gr.update(choices=labels, value=other)
+        return told, gr.update(choices=labels, value=first), gr.update(choices=labels, value=other), labels
 
     async def greet(self, talk: Talk, kind: int, request: gr.Request) -> list[Any]:
         """A page that was just opened speaks what its browser prefers."""

@@ -46,6 +46,7 @@ class Parts:
 
     talk: gr.State
     kind: gr.State  # the row of the quick bar that is open
+    offered: gr.State  # the models that can be chosen
     title: gr.HTML
     language: gr.Radio
     theme: gr.Button
@@ -129,7 +130,7 @@ def build(servers: tuple[Server, ...], rows: Sequence[Row], folder: Path) -> gr.
 
 def _lay_out(folder: Path) -> Parts:
     language = "en"  # until the page is loaded and says which it wants
-    state = {"talk": gr.State(Talk()), "kind": gr.State(0)}
+    state = {"talk": gr.State(Talk()), "kind": gr.State(0), "offered": gr.State([])}
     with gr.Sidebar(position="left", open=False, width=300, elem_id="settings"):
         side = _settings(language)
     with gr.Row(elem_id="head"):
@@ -239,9 +240,7 @@ def _wire(blocks: gr.Blocks, parts: Parts, deeds: Deeds) -> None:
     parts.theme.click(None, None, None, js=TOGGLE_THEME, **quiet)
     blocks.load(None, None, None, js=OPENED, **quiet)
     blocks.load(deeds.greet, [parts.talk, parts.kind], [parts.language, *spoken, *views], **quiet)
-    look: dict[str, Any] = {
-        "inputs": [parts.language, parts.model, parts.second],
-        "outputs": [parts.status, parts.model, parts.second],
-    }
+    chosen = [parts.model, parts.second, parts.offered]
+    look: dict[str, Any] = {"inputs": [parts.language, *chosen], "outputs": [parts.status, *chosen]}
     blocks.load(deeds.look, **look, **quiet)
     gr.Timer(POLL_S).tick(deeds.look, **look, **quiet)
