@@ -14,7 +14,7 @@ from tessella.errors import DataError
 from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.recipe import Recipe
 
-COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "inspect")
+COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "serve", "inspect", "ui")
 
 
 def tessella(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -48,14 +48,14 @@ print(f"heavy={{sorted(heavy)}} count={{len(sys.modules)}}")
 def test_help_lists_the_commands_that_exist_and_no_other() -> None:
     text = tessella("--help").stdout
     assert "{" + ",".join(COMMANDS) + "}" in text
-    assert all(name not in text for name in ("serve", "tessella ui"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_teaches_by_example(name: str) -> None:
     text = tessella(name, "--help").stdout
     assert f"tessella {name}" in text.partition("examples:")[2]
-    assert "--json" in text and "--device" in text and "--dtype" in text
+    assert "--json" in text
+    assert name == "ui" or ("--device" in text and "--dtype" in text)  # the web chat runs no model
 
 
 # ---- flags

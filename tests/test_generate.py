@@ -9,9 +9,10 @@ from PIL import Image
 from tessella.chat import Message
 from tessella.checkpoint.read import Loaded, load
 from tessella.errors import MemoryError_, NumbersError
-from tessella.generate import _held_back, estimate_bytes, generate, generate_batch, stream_text, visual_tokens
+from tessella.generate import estimate_bytes, generate, generate_batch, stream_text, visual_tokens
 from tessella.inputs import Picture
 from tessella.sampling import SamplingParams
+from tessella.stops import StopText, held_back
 from tiny import tiny_folder
 
 
@@ -44,10 +45,17 @@ def test_an_answer_ends_before_its_first_stop_string_whatever_the_pieces(loaded:
         assert cut == whole[: whole.find(stop)]
 
 
-def test_text_that_may_become_a_stop_string_is_held_back() -> None:
-    assert _held_back("the EN", ("END",)) == 2
-    assert _held_back("the END", ("END",)) == 0  # found, not begun
-    assert _held_back("the", ("END",)) == 0
+def test_text_that_may_become_a_stop_string_isheld_back() -> None:
+    assert held_back("the EN", ("END",)) == 2
+    assert held_back("the END", ("END",)) == 0  # found, not begun
+    assert held_back("the", ("END",)) == 0
+
+
+def test_a_stop_string_is_found_across_pieces_and_what_was_held_comes_at_the_end() -> None:
+    stop = StopText(("END", "ND!"))
+    assert [stop.push(piece) for piece in ("an E", "", "N", "T", " E")] == ["an ", "", "", "ENT", " "]
+    assert stop.end() == "E" and not stop.found
+    assert (stop.push("NEND!"), stop.found) == ("N", True)
 
 
 def test_a_stop_id_ends_a_row_and_is_not_given_out(loaded: Loaded) -> None:

@@ -21,9 +21,11 @@ from tessella.checkpoint.published import PUBLISHED
 from tessella.errors import ConfigError, TessellaError, is_out_of_memory
 from tessella.files import check_place, write_whole
 from tessella.foods import STYLES
-from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, VERIFY
+from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, SERVE, UI, VERIFY
 from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, tell
+from tessella.serving import Serve
 from tessella.train.recipe import Recipe, load_recipe
+from tessella.webchat import Ui
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ class Demo:
         return run(plan).as_json()
 
 
-Command = Chat | Finetune | Convert | Verify | Evaluate | Inspect | Demo
+Command = Chat | Finetune | Convert | Verify | Evaluate | Serve | Inspect | Demo | Ui
 # Each with what its own --help says; the list of commands shows the first line.
 COMMANDS: dict[str, tuple[type[Command], str]] = {
     "demo": (Demo, DEMO),
@@ -300,7 +302,9 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "convert": (Convert, CONVERT),
     "verify": (Verify, VERIFY),
     "evaluate": (Evaluate, EVALUATE),
+    "serve": (Serve, SERVE),
     "inspect": (Inspect, INSPECT),
+    "ui": (Ui, UI),
 }
 
 FORM = (tyro.conf.DisallowNone,)  # leaving a flag out is how one says None
@@ -366,7 +370,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows "?" and loses no answer
     try:
         command = parse(words)
-        path = command.json if isinstance(command, Finetune) else command.place.json
+        path = command.json if isinstance(command, (Finetune, Serve, Ui)) else command.place.json
         if path is not None:
             check_place("--json", path.expanduser())  # now, not after an hour's work
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}

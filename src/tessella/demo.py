@@ -6,9 +6,7 @@ Each step is one of the other commands' deeds on files that stay in the folder, 
 """
 
 import json
-import os
 import shutil
-import sys
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +32,7 @@ from tessella.inputs import Picture
 from tessella.sampling import SamplingParams
 from tessella.train.loop import train
 from tessella.train.recipe import Recipe
+from tessella.webchat import has_screen
 
 QUESTIONS = {"en": "What food is in this picture?", "zh": "图中是什么食物？"}
 SHOWN_FOOD = "dumpling"  # the one that is asked about before and after; the first food when it is not taught
@@ -340,11 +339,6 @@ def say_share(name: str, share: Share, console: Console) -> None:
     parts = ", ".join(f"{language} {percent(value)}" for language, value in share.languages.items())
     counted = f"{share.right} of {share.total} = {percent(share.share)}"
     console.print(f"  {name}: {counted}, 95 % interval {percent(low)} to {percent(high)} ({parts})", highlight=False)
-
-
-def has_screen() -> bool:
-    """Whether a browser would open a window; without a screen some open in the terminal and wait there."""
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def finish(

@@ -45,6 +45,14 @@ class NumbersError(TessellaError):
     """A model that computes NaN or infinity: broken weights, or a number type that is too narrow for it."""
 
 
+class EngineError(TessellaError):
+    """The engine cannot take what it was given: an unknown adapter, one that cannot run beside others, or it has stopped."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may wait; later there is room again."""
+
+
 class DownloadError(TessellaError):
     """A model on a hub, or a part of the built-in one, could not be fetched, or came broken."""
 

@@ -14,7 +14,8 @@ from tessella.inputs import ModelInput
 from tessella.model.attend import Causal, Dense
 from tessella.model.device import free_bytes
 from tessella.model.vision_language import VisionLanguageModel
-from tessella.sampling import Sampler, SamplingParams
+from tessella.sampling import Sampler, SamplingParams, next_ids
+from tessella.stops import StopText
 from tessella.tokenizer import Tokenizer
 
 TILES_AT_ONCE = 32  # tiles that run through the tower together; bounds memory, changes no number
@@ -112,14 +113,15 @@ def _rows(
     ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
     logits = model.logits(hidden[ends])
     samplers = [Sampler(params) for _ in inputs]
-    seen = [one.ids.tolist() for one in inputs]
+    prompts: list[list[int]] = [one.ids.tolist() for one in inputs]
+    answers: list[list[int]] = [[] for _ in inputs]
     rows = list(range(len(inputs)))
     for step in range(params.max_tokens):
         require_finite(logits, model)
-        ids = next_ids(logits, [samplers[row] for row in rows], [seen[row] for row in rows], params)
+        ids = next_ids(logits, [samplers[row] for row in rows], [prompts[row] for row in rows], [answers[row] for row in rows])
         alive = [k for k, token in enumerate(ids) if token not in stop_ids]
         for k in alive:
-            seen[rows[k]].append(ids[k])
+            answers[rows[k]].append(ids[k])
             yield rows[k], ids[k]
         if not alive or step + 1 == params.max_tokens:
             return
@@ -129,14 +131,6 @@ def _rows(
         positions = torch.tensor([lengths[row] + step for row in rows], device=model.device)
         embeddings = model.language_model.embed(torch.tensor(ids, device=model.device))
         logits = model.logits(model(embeddings, positions, attend, total))
-
-
-def next_ids(logits: Tensor, samplers: Sequence[Sampler], seen: Sequence[list[int]], params: SamplingParams) -> list[int]:
-    """logits (R, V) of R rows -> the next id of each row."""
-    if params.temperature == 0 and params.repetition_penalty == 1:
-        ids: list[int] = logits.argmax(-1).tolist()  # one transfer for all rows
-        return ids
-    return [sampler.next(row, past) for sampler, row, past in zip(samplers, logits, seen, strict=True)]
 
 
 def generate(model: VisionLanguageModel, one: ModelInput, params: SamplingParams, stop_ids: Sequence[int]) -> Iterator[int]:
@@ -191,24 +185,11 @@ def stream_text(
 
     Text that may yet become a stop string is held back until it is clear.
     """
-    stream, held = tokenizer.stream(), ""
+    stream, stop = tokenizer.stream(), StopText(params.stop)
     for token in generate(model, one, params, stop_ids):
-        held += stream.push(token)
-        found = [held.find(stop) for stop in params.stop if stop in held]
-        if found:
-            yield held[: min(found)]
+        if text := stop.push(stream.push(token)):
+            yield text
+        if stop.found:
             return
-        safe = len(held) - _held_back(held, params.stop)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    held += stream.end()
-    found = [held.find(stop) for stop in params.stop if stop in held]
-    held = held[: min(found)] if found else held
-    if held:
-        yield held
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of text that is the beginning of a stop string."""
-    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    if rest := stop.push(stream.end()) + stop.end():
+        yield rest

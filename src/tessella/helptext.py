@@ -90,3 +90,24 @@ examples:
   tessella demo
   tessella demo --output runs/demo --json demo.json
   tessella demo --foods 12                           a short one"""
+
+SERVE = """Serve a model over OpenAI's API: streaming, pictures, adapters by name, JSON that obeys a schema, metrics.
+
+examples:
+  tessella serve                                     tessella-nano on http://127.0.0.1:8000/v1, for this machine alone
+  tessella serve ./InternVL2-2B --port 8001 --adapter food=runs/food     the model, and under the name food with its adapter
+  tessella serve --ui                                the same, and the web chat that asks it
+  tessella serve ./InternVL2-2B --host 0.0.0.0       for others too: they need the key that is made and printed
+
+It stops on Ctrl-C or SIGTERM: what runs may end, nothing new is taken. docs/serve.md tells every flag, and how to run it
+behind a proxy, under systemd and in a container. The keys may come from TESSELLA_API_KEY and TESSELLA_ADMIN_KEY."""
+
+UI = """The web chat: a page that asks a server, with pictures, side by side if wanted.
+
+examples:
+  tessella ui                                        asks the server that tessella serve started on this machine
+  tessella ui --server http://gpu-box:8000           another one; TESSELLA_API_KEY holds its key
+  tessella ui --pictures dishes/                     dishes/KIND/*.jpg in the quick bar
+  tessella ui --host 0.0.0.0 --port 7860             for others in the house, behind a password that is printed
+
+It loads nothing from elsewhere, tells nobody, and opens no tunnel (--share would, and asks first)."""

@@ -130,6 +130,19 @@ class Inputs:
             windows=tuple(window for window in windows if window is not None),
         )
 
+    def build_text(self, text: str, *, room: int = 0) -> ModelInput:
+        """A text as it stands, without a template or pictures, for the model to go on with. Raises PromptError, ContextError."""
+        bos = self.tokenizer.bos_id
+        ids = ([bos] if self.template.add_bos and bos is not None else []) + self.tokenizer.encode(text)
+        if not ids:
+            raise PromptError("the text is empty; give at least one character")
+        if len(ids) + room > self.context_tokens:
+            raise ContextError(self._too_long(len(ids), [], [], room))
+        nothing = torch.zeros(len(ids), dtype=torch.bool)
+        side = self.config.tile_size_px
+        tiles = torch.empty((0, 3, side, side), dtype=torch.uint8)
+        return ModelInput(torch.tensor(ids, dtype=torch.int64), nothing, nothing, tiles, (), ())
+
     def measure(
         self,
         messages: Sequence[Message],

@@ -24,11 +24,17 @@ MENDABLE = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "there is no memory for it; close other programs, or take --max-tiles 1 or --dtype bfloat16",
+    errno.EADDRINUSE: "another program listens there; take another --port",
     errno.ELOOP: "the links lead in a circle; check the path",
 }
 
 # Packages that only some commands need -> how to get them.
 OPTIONAL = dict.fromkeys(("peft", "transformers", "accelerate"), "teaching needs the train extra: pip install 'tessella[train]'")
+OPTIONAL |= dict.fromkeys(
+    ("fastapi", "uvicorn", "prometheus_client", "llguidance"), "serving needs the serve extra: pip install 'tessella[serve]'"
+)
+OPTIONAL |= dict.fromkeys(("gradio", "markdown_it"), "the web chat needs the ui extra: pip install 'tessella[ui]'")
+OPTIONAL["httpx2"] = "serving and the web chat need their extras: pip install 'tessella[serve,ui]'"
 
 
 def tell(message: str) -> int:

@@ -89,7 +89,12 @@ class LanguageModel(nn.Module):
         first, end: run only the layers first <= i < end; embeddings are then the states before layer `first`, and with an end
         the states before layer `end` come out, not normed.
         """
-        turn = rotary(self.config, positions, length, embeddings.dtype)
+        return self.run(embeddings, rotary(self.config, positions, length, embeddings.dtype), attend, first, end)
+
+    def run(
+        self, embeddings: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """forward with the cosine and sine (T, 1, d) of each token's angles in place of positions and length."""
         x = embeddings
         for layer in self.model.layers[first:end]:
             x = layer(x, turn, attend)

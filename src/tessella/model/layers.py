@@ -62,8 +62,13 @@ def _llama3_frequencies(frequency: Tensor, rope: Llama3Rope) -> Tensor:
 
 
 def rotary(config: LanguageConfig, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (T,) -> cosine and sine, each (T, 1, D), for rotate_half. Angles are computed in float32."""
-    angle = positions.float()[:, None] * rope_frequencies(config, length, positions.device)
+    """positions (T,) in a run of length tokens -> cosine and sine, each (T, 1, D), for rotate_half."""
+    return rotary_at(config, positions, rope_frequencies(config, length, positions.device), dtype)
+
+
+def rotary_at(config: LanguageConfig, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same at given radians a position, (D / 2,) for all tokens or (T, D / 2). Angles are computed in float32."""
+    angle = positions.float()[:, None] * frequencies
     angle = torch.cat((angle, angle), dim=-1)[:, None, :]
     size = 1.0 if config.rope_long is None else config.rope_long.attention_factor
     return (angle.cos() * size).to(dtype), (angle.sin() * size).to(dtype)

@@ -1,0 +1,103 @@
+"""One request inside the engine: its tokens, what of them is computed, the blocks it holds.
+
+In: Request.  Out: what the scheduler plans with and the runner runs.
+"""
+
+from functools import cached_property
+
+from tessella.engine.answer import Answer
+from tessella.engine.blocks import next_key
+from tessella.engine.lora import Adapter
+from tessella.engine.request import OnPiece, Request
+from tessella.engine.vision import TileKey
+
+
+class Row:
+    """total: tokens of prompt and longest answer, fixed at the start: all of a row's angles hang on it, as in generate.py.
+
+    stretched: whether RoPE then turns by other angles than those of the trained length. number: of arrival, set at submit.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        answer: Answer,
+        on_piece: OnPiece,
+        adapter: Adapter | None,
+        *,
+        block_tokens: int,
+        slots_per_tile: int,
+        unstretched_tokens: int,
+    ):
+        self.request = request
+        self.answer = answer
+        self.on_piece = on_piece
+        self.adapter = adapter
+        self.adapter_number = 0 if adapter is None else adapter.number
+        self.number = 0
+        self.total = len(request.prompt) + request.params.max_tokens
+        self.stretched = self.total > unstretched_tokens
+        self.prompt_ids: list[int] = request.prompt.ids.tolist()
+        self.tokens = list(self.prompt_ids)  # and the answer
+        self.computed = 0  # tokens whose keys and values lie in the blocks
+        self.blocks: list[int] = []
+        self.published = 0  # blocks that were given their key, or came with it
+        self.was_admitted = False
+        self._block_tokens = block_tokens
+        self._slots_per_tile = slots_per_tile
+        self._keys: list[bytes] = []
+        self.key(len(self.tokens) // block_tokens - 1)  # made here, in the thread of whoever submits
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are still to be computed before the next id can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def sight(self) -> int:
+        return self.adapter.number if self.adapter is not None and self.adapter.sees else 0
+
+    @cached_property
+    def slot_places(self) -> list[int]:
+        """Where the slots stand in the prompt, all tiles in order."""
+        places: list[int] = self.request.prompt.slots.nonzero()[:, 0].tolist()
+        return places
+
+    @cached_property
+    def tile_ranges(self) -> list[tuple[int, int]]:
+        """First slot and end of the last slot of each tile."""
+        n, places = self._slots_per_tile, self.slot_places
+        return [(places[i], places[i + n - 1] + 1) for i in range(0, len(places), n)]
+
+    def tiles_in(self, start: int, end: int) -> list[int]:
+        """Tiles with a slot in tokens start <= i < end."""
+        return [tile for tile, (first, last) in enumerate(self.tile_ranges) if first < end and last > start]
+
+    def tile_key(self, tile: int) -> TileKey:
+        return TileKey(self.sight, self.request.prompt.digests[tile])
+
+    def key(self, block: int) -> bytes:
+        """The key of a full block; b"" for block -1, which all rows of one adapter and one RoPE share."""
+        size, digests = self._block_tokens, self.request.prompt.digests
+        while len(self._keys) <= block:
+            start = len(self._keys) * size
+            ids = self.tokens[start : start + size]
+            assert len(ids) == size, "only full blocks have keys"
+            before = self._keys[-1] if self._keys else self._root()
+            self._keys.append(next_key(before, ids, [digests[tile] for tile in self.tiles_in(start, start + size)]))
+        return self._keys[block] if block >= 0 else b""
+
+    def _root(self) -> bytes:
+        """What else the cached keys and values hang on."""
+        return f"{self.adapter_number} {self.total if self.stretched else 0}".encode()
+
+    def prompt_keys(self) -> list[bytes]:
+        """Keys of the blocks that may be found in the cache: all full ones, but the last token must be computed."""
+        full = (len(self.tokens) - 1) // self._block_tokens
+        self.key(full - 1)
+        return self._keys[:full]
+
+    def next_shareable_key(self) -> bytes | None:
+        """The key of the block that this row computes next, if that block will be full."""
+        block = self.computed // self._block_tokens
+        return self.key(block) if (block + 1) * self._block_tokens <= len(self.tokens) else None

@@ -1,0 +1,270 @@
+"""The engine gives the ids of generate.py in float32: alone, in company, in any order of arrival, with what it finds in its
+caches, after preemption, beside cancelled neighbours, with pictures, with adapters."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from engine.guests import Guest, ask, join, run
+from tessella.chat import Message
+from tessella.checkpoint.lowrank import Adapter, Pair, merge_adapter
+from tessella.checkpoint.read import Loaded, load
+from tessella.engine.core import Core
+from tessella.engine.request import EngineSettings, Request
+from tessella.generate import all_logits, generate
+from tessella.inputs import ModelInput, Picture
+from tessella.sampling import SamplingParams
+from tiny import family, tiny_folder
+
+GREEDY = SamplingParams(max_tokens=12)
+DRAWN = SamplingParams(max_tokens=20, temperature=1.0, seed=5)
+PENALISED = SamplingParams(max_tokens=9, temperature=0.8, top_p=0.9, seed=6, repetition_penalty=1.3, frequency_penalty=0.4)
+PARAMS = (GREEDY, DRAWN, PENALISED)
+ROOMY = EngineSettings(block_tokens=4, cache_tokens=2000, max_batch_tokens=64, max_batch_tiles=4, max_running=8)
+
+
+FIRST = "InternLM2"  # the family of most tests; a cached function has it named, or it would make two of everything
+
+
+@cache
+def loaded(name: str) -> Loaded:
+    """A tiny model; InternLM2's and Phi-3's angles stretch within the lengths that are asked for here."""
+    config = family(name)
+    with TemporaryDirectory() as home:
+        folder = tiny_folder(Path(home) / "model", config.language.architecture, 0, config=config)
+        return trained_for(50, load(folder, device="cpu", dtype="float32", system="You are short."))
+
+
+def trained_for(tokens: int, one: Loaded) -> Loaded:
+    """The same model as if it had been trained on that length; its context stays longer."""
+    model = one.model
+    if model.config.language.rope_dynamic_factor is not None:
+        model.config = dataclasses.replace(
+            model.config, language=dataclasses.replace(model.config.language, max_positions=tokens)
+        )
+        model.language_model.config = model.config.language
+    return one
+
+
+@cache
+def prompts(name: str) -> tuple[ModelInput, ...]:
+    """Some begin alike, some differ in nothing but their pictures, one is asked again after its first answer."""
+    build = loaded(name).inputs.build
+    red, blue = (Picture(Image.new("RGB", (28, 28), colour), max_tiles=1) for colour in ("red", "blue"))
+    wide = Picture(Image.linear_gradient("L").resize((168, 56)).convert("RGB"), max_tiles=3)
+    what = Message("user", "<image>\nWhat is it?")
+    return (
+        build([Message("user", "hello")]),
+        build([Message("user", "hello, how are you? There are 3 bowls of rice on the table.")]),
+        build([what], [red]),
+        build([what], [blue]),
+        build([what, Message("assistant", "It is rice."), Message("user", "图中是什么食物？")], [red]),
+        build([Message("user", "<image><image>Which one?")], [wide, blue]),
+    )
+
+
+@cache
+def plain(number: int, params: SamplingParams, name: str = FIRST) -> list[int]:
+    one = loaded(name)
+    return list(generate(one.model, prompts(name)[number], params, one.stop_ids))
+
+
+def request(number: int, params: SamplingParams, name: str = FIRST, **more: object) -> Request:
+    return Request(prompts(name)[number], params, loaded(name).stop_ids, **more)  # type: ignore[arg-type]
+
+
+def core(settings: EngineSettings = ROOMY, name: str = FIRST) -> Core:
+    return Core(loaded(name).model, loaded(name).tokenizer, settings)
+
+
+def test_the_answers_that_are_compared_tell_prompts_and_pictures_apart() -> None:
+    answers = [tuple(plain(number, DRAWN)) for number in range(len(prompts(FIRST)))]
+    assert len(set(answers)) == len(answers)
+
+
+def test_alone_and_again_from_the_cache() -> None:
+    one = core()
+    for number in range(len(prompts(FIRST))):
+        for _ in range(2):
+            (guest,) = ask(one, [request(number, DRAWN)])
+            assert guest.ids == plain(number, DRAWN)
+        assert guest.usage.cached_tokens == (len(prompts(FIRST)[number]) - 1) // 4 * 4
+
+
+def test_in_company_in_any_order() -> None:
+    for order in list(permutations(range(len(prompts(FIRST)))))[::90]:
+        guests = ask(core(), [request(number, DRAWN) for number in order])
+        assert [guest.ids for guest in guests] == [plain(number, DRAWN) for number in order]
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Phi-3", "InternVL-Chat 1.5"])
+def test_in_every_family(name: str) -> None:
+    guests = ask(core(name=name), [request(number, DRAWN, name) for number in range(len(prompts(name)))])
+    assert [guest.ids for guest in guests] == [plain(number, DRAWN, name) for number in range(len(guests))]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One request of a random walk: what, when it comes, and when it is cancelled, if it is."""
+
+    prompt: int
+    params: SamplingParams
+    comes: int
+    goes: int | None
+
+
+visits = st.builds(
+    Visit, st.integers(0, 5), st.sampled_from(PARAMS), st.integers(0, 25), st.one_of(st.none(), st.none(), st.integers(0, 40))
+)
+longest = 76  # tokens of the longest prompt with the longest answer, and a little
+engines = st.builds(
+    EngineSettings,
+    block_tokens=st.sampled_from([1, 4, 16]),
+    cache_tokens=st.sampled_from([longest + 16, longest + 60, 2000]),
+    max_batch_tokens=st.sampled_from([1, 7, 64]),
+    max_batch_tiles=st.sampled_from([1, 3]),
+    max_running=st.sampled_from([2, 8]),
+    vision_cache_bytes=st.sampled_from([0, 3000, 10**6]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(visits, min_size=1, max_size=7), engines)
+def test_with_random_arrivals_cancelled_neighbours_and_little_room(walk: list[Visit], how: EngineSettings) -> None:
+    one = core(how)
+    guests: dict[int, Guest] = {}
+    for step in range(3000):
+        for number, visit in enumerate(walk):
+            if visit.comes == step:
+                guests[number] = join(one, request(visit.prompt, visit.params))
+            if visit.goes is not None and visit.comes <= step == visit.comes + visit.goes:
+                row = guests[number].row
+                assert row is not None
+                one.end(row, "cancelled")
+        one.step()
+        if len(guests) == len(walk) and not one.live:
+            break
+    for number, visit in enumerate(walk):
+        expected = plain(visit.prompt, visit.params)
+        if guests[number].finish == "cancelled":
+            assert guests[number].ids == expected[: len(guests[number].ids)]
+        else:
+            assert guests[number].ids == expected
+    assert one.book.available == one.book.count, "blocks were lost"
+
+
+def test_after_preemption() -> None:
+    """Room for one and a half: rows are put back again and again, and nobody notices."""
+    how = dataclasses.replace(ROOMY, cache_tokens=longest + 12)
+    one = core(how)
+    guests = ask(one, [request(number, DRAWN) for number in (5, 1, 4, 0)])
+    assert one.scheduler.counters.preemptions > 0
+    assert [guest.ids for guest in guests] == [plain(number, DRAWN) for number in (5, 1, 4, 0)]
+
+
+def test_several_answers_to_one_prompt_share_its_blocks() -> None:
+    seeds = [dataclasses.replace(DRAWN, seed=seed) for seed in range(4)]
+    one = core()
+    guests = ask(one, [request(5, params) for params in seeds])
+    assert [guest.ids for guest in guests] == [plain(5, params) for params in seeds]
+    assert len({tuple(guest.ids) for guest in guests}) == 4
+    full = (len(prompts(FIRST)[5]) - 1) // 4 * 4
+    assert [guest.usage.cached_tokens for guest in guests] == [0, full, full, full]
+    assert one.scheduler.counters.tiles == len(set(prompts(FIRST)[5].digests))
+
+
+def test_logprobs_are_those_of_the_plain_logits() -> None:
+    (guest,) = ask(core(), [request(5, DRAWN, logprobs=3)])
+    prompt = prompts(FIRST)[5]
+    ids = torch.cat([prompt.ids, torch.tensor(guest.ids)])
+    told = torch.zeros(len(guest.ids), dtype=torch.bool)
+    whole = dataclasses.replace(prompt, ids=ids, learn=torch.cat([prompt.learn, told]), slots=torch.cat([prompt.slots, told]))
+    # The row turns by the angles of prompt and longest answer; a prompt of that length has them, too.
+    assert len(whole) == len(prompt) + DRAWN.max_tokens
+    oracle = all_logits(loaded(FIRST).model, whole)[len(prompt) - 1 : -1].log_softmax(-1)
+    best = oracle.topk(3)
+    for place, one in enumerate(guest.logprobs):
+        assert one.id == guest.ids[place] and one.logprob == pytest.approx(float(oracle[place, one.id]), abs=1e-4)
+        assert [token for token, _ in one.top] == best.indices[place].tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values[place].tolist(), abs=1e-4)
+
+
+# ---- adapters
+
+
+def some_adapter(seed: int, *, seeing: bool) -> Adapter:
+    """Random pairs on the decoder and its head; seeing: on tower and projector, too, and a whole tensor of the projector."""
+    chance = torch.Generator().manual_seed(seed)
+    model = loaded(FIRST).model
+    modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    pairs = {}
+    for name in modules:
+        if name.startswith("language_model.") or seeing:
+            out, width = model.get_submodule(name).weight.shape
+            a, b = (torch.randn(*shape, generator=chance) for shape in ((3, width), (out, 3)))
+            pairs[name] = Pair(a / width**0.5, b / 3**0.5, 0.7)
+    whole: dict[str, Tensor] = {}
+    if seeing:
+        whole["mlp1.0.weight"] = 1 + 0.3 * torch.randn(model.mlp1[0].weight.shape, generator=chance)
+    return Adapter(Path("random"), "tiny", pairs, whole)
+
+
+@cache
+def merged(seed: int, seeing: bool) -> Loaded:
+    with TemporaryDirectory() as home:
+        config = loaded(FIRST).config
+        folder = tiny_folder(Path(home) / "m", "InternLM2ForCausalLM", 0, config=config)
+        other = trained_for(50, load(folder, device="cpu", dtype="float32"))
+    merge_adapter(other.model, some_adapter(seed, seeing=seeing))
+    return other
+
+
+def test_several_adapters_in_one_batch_answer_as_their_merged_models() -> None:
+    one = core()
+    kinds = {"a": (1, False), "b": (2, True)}
+    for name, (seed, seeing) in kinds.items():
+        adapter = some_adapter(seed, seeing=seeing)
+        one.load_adapter(name, adapter.pairs, adapter.whole)
+    asked = [(number, name) for number in (5, 2, 1) for name in ("b", None, "a")]
+    for _ in range(2):  # the second time from the cache
+        guests = ask(one, [request(number, DRAWN, adapter=name) for number, name in asked])
+        for guest, (number, name) in zip(guests, asked, strict=True):
+            model = loaded(FIRST).model if name is None else merged(*kinds[name]).model
+            assert guest.ids == list(generate(model, prompts(FIRST)[number], DRAWN, loaded(FIRST).stop_ids)), (number, name)
+    assert guests[0].ids != guests[1].ids != guests[2].ids
+    assert all(guest.usage.cached_tokens > 0 for guest in guests)
+
+
+def test_an_adapter_that_is_gone_stays_with_its_answers_and_its_name_gives_nothing_old() -> None:
+    one = core()
+    first, second = some_adapter(1, seeing=True), some_adapter(2, seeing=True)
+    one.load_adapter("a", first.pairs, first.whole)
+    under_way = join(one, request(2, DRAWN, adapter="a"))
+    one.step()
+    one.unload_adapter("a")
+    one.load_adapter("a", second.pairs, second.whole)
+    after = join(one, request(2, DRAWN, adapter="a"))
+    run(one)
+    for guest, seed in ((under_way, 1), (after, 2)):
+        assert guest.ids == list(generate(merged(seed, True).model, prompts(FIRST)[2], DRAWN, loaded(FIRST).stop_ids))
+
+
+def test_an_adapter_changes_nothing_bit_by_bit_for_those_who_do_not_ask_for_it() -> None:
+    one = core()
+    (before,) = ask(one, [request(1, DRAWN, logprobs=5)])
+    adapter = some_adapter(1, seeing=True)
+    one.load_adapter("a", adapter.pairs, adapter.whole)
+    ask(one, [request(1, DRAWN, adapter="a")])
+    fresh = core()
+    (after,) = ask(fresh, [request(1, DRAWN, logprobs=5)])
+    assert before.logprobs == after.logprobs
