@@ -218,7 +218,7 @@ def test_the_model_is_left_without_hooks(loaded: Loaded, core: Core) -> None:
     ask(core, [Request(prompt(loaded), DRAWN, (), adapter="a")])
     layer = loaded.model.get_submodule(NAME)
     assert layer._forward_hooks
-    core.leave_model()
+    core.runner.leave()
     assert not layer._forward_hooks
 
 
