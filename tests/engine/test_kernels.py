@@ -1,23 +1,13 @@
 """The Triton kernels do what torch's own operations do; without a GPU they run in Triton's interpreter."""
 
-import os
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for CUDA")
-if not torch.cuda.is_available():
-    if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 does not run with numpy 2.4 and newer", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are made
-
+from engine.a_triton import DEVICE  # isort: skip
 from tessella.engine import kernels
 from tessella.model.attend import one_row
 from tessella.model.layers import RMSNorm, rotate
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -101,10 +101,7 @@ class Core:
         if logits is None:
             return
         for row, drawn in zip(batch.drawing, draw(batch.drawing, logits), strict=True):
-            if drawn.error is not None:
-                self.end(row, "error", drawn.error)
-                continue
-            piece = row.answer.take(drawn.id, drawn.logprob)
+            piece = row.answer.take(drawn.id, drawn.logprob) if drawn.error is None else row.answer.end("error", drawn.error)
             self.answer_tokens += len(piece.ids)
             if piece.finish is None:
                 row.tokens.append(drawn.id)
