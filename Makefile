@@ -5,7 +5,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := src tests recipes
+SOURCES := src tests recipes bench
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -89,6 +89,11 @@ class Core:
         self.live[row.number] = row
         self.scheduler.add(row)
 
+    def enter_thread(self) -> None:
+        """To be called once in the thread that will call `step`."""
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)
+
     @torch.inference_mode()
     def step(self) -> None:
         """Run what can be run now, and give out what came of it."""

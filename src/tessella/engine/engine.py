@@ -146,6 +146,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._core.enter_thread()
             while self._deadline is None or self._core.live:
                 self._read_messages()
                 if self._deadline is not None and time.monotonic() >= self._deadline:

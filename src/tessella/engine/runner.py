@@ -57,6 +57,7 @@ class Runner:
         from tessella.engine.paged_cuda import PagedCuda
         from tessella.engine.swap import swap_in
 
+        torch.cuda.set_device(self.model.device)  # where Triton launches
         self.paged = PagedCuda
         self._undo = swap_in(self.model)
         if longest_row is not None:
