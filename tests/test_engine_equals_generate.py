@@ -21,6 +21,7 @@ from tessella.checkpoint.lowrank import Adapter, Pair, merge_adapter
 from tessella.checkpoint.read import Loaded, load
 from tessella.engine.core import Core
 from tessella.engine.request import EngineSettings, Request
+from tessella.engine.scheduler import Batch
 from tessella.generate import all_logits, generate
 from tessella.inputs import ModelInput, Picture
 from tessella.sampling import SamplingParams
@@ -142,6 +143,17 @@ engines = st.builds(
 @given(st.lists(visits, min_size=1, max_size=7), engines)
 def test_with_random_arrivals_cancelled_neighbours_and_little_room(walk: list[Visit], how: EngineSettings) -> None:
     one = core(how)
+    plan = one.scheduler.next_batch
+
+    def planned() -> Batch | None:
+        batch = plan()
+        if batch is not None:
+            assert 0 < sum(end - start for _, start, end in batch.parts) <= (how.max_batch_tokens or 0)
+            assert len(batch.tiles) <= (how.max_batch_tiles or 0) and len(one.scheduler.running) <= (how.max_running or 0)
+            assert len({id(part.row) for part in batch.parts}) == len(batch.parts)
+        return batch
+
+    one.scheduler.next_batch = planned  # type: ignore[method-assign]
     guests: dict[int, Guest] = {}
     for step in range(3000):
         for number, visit in enumerate(walk):

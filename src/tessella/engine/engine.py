@@ -146,6 +146,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._core.enter_thread()
             while self._deadline is None or self._core.live:
                 self._read_messages()
                 if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -183,7 +184,7 @@ class Engine:
             else:
                 message.done.set_exception(EngineError(error))
         self._core.abandon(error)
-        self._core.leave_model()
+        self._core.runner.leave()
 
 
 def _obey(message: Message) -> None:
