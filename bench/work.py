@@ -37,15 +37,22 @@ def questions(inputs: Inputs, count: int) -> list[ModelInput]:
     return [inputs.build([Message("user", text)]) for text in texts]
 
 
-def picture_questions(inputs: Inputs, count: int, size: Size, max_tiles: int | None = None) -> list[ModelInput]:
+def picture_questions(
+    inputs: Inputs,
+    count: int,
+    size: Size,
+    max_tiles: int | None = None,
+    *,
+    first_seed: int = 0,
+    question: str = ABOUT_A_PICTURE,
+) -> list[ModelInput]:
     """count prompts with a picture of noise each, no two alike."""
     asked = []
-    for seed in range(count):
-        pixels = torch.randint(
-            0, 256, (size.height_px, size.width_px, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-        )
+    for seed in range(first_seed, first_seed + count):
+        chance = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (size.height_px, size.width_px, 3), dtype=torch.uint8, generator=chance)
         picture = Picture(Image.fromarray(pixels.numpy()), max_tiles)
-        asked.append(inputs.build([Message("user", place_marks(ABOUT_A_PICTURE, 1))], [picture]))
+        asked.append(inputs.build([Message("user", place_marks(question, 1))], [picture]))
     return asked
 
 

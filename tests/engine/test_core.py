@@ -1,6 +1,8 @@
 """What one answer promises: how it ends, what it says of itself, and that nothing stays behind."""
 
 import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -23,10 +25,15 @@ DRAWN = SamplingParams(max_tokens=16, temperature=1.0, seed=3)
 SETTINGS = EngineSettings(block_tokens=4, cache_tokens=800, max_batch_tokens=32, max_batch_tiles=2)
 
 
+def tiny_loaded(device: str = "cpu", dtype: str = "float32") -> Loaded:
+    with TemporaryDirectory() as home:
+        folder = tiny_folder(Path(home) / "model", "LlamaForCausalLM", 0)
+        return load(folder, device=device, dtype=dtype, system="You are short.")
+
+
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    folder = tiny_folder(tmp_path_factory.mktemp("tiny") / "model", "LlamaForCausalLM", 0)
-    return load(folder, device="cpu", dtype="float32", system="You are short.")
+def loaded() -> Loaded:
+    return tiny_loaded()
 
 
 @pytest.fixture
@@ -176,6 +183,15 @@ def test_numbers_that_are_not_finite_end_an_answer_with_an_error(loaded: Loaded,
     assert good.ids == list(generate(loaded.model, prompt(loaded), DRAWN, ()))
 
 
+def test_an_id_without_a_token_ends_its_answer_with_an_error(loaded: Loaded, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published models have a few rows more than tokens; what the engine cannot spell must not end the engine."""
+    monkeypatch.setattr(loaded.tokenizer, "vocab_size", 300)
+    params = dataclasses.replace(DRAWN, max_tokens=100)
+    (guest,) = ask(core, [Request(prompt(loaded), params, ())])
+    assert guest.finish == "error" and "not among the tokenizer's 300" in str(guest.pieces[-1].error)
+    assert all(token < 300 or token in loaded.tokenizer.added_tokens() for token in guest.ids)
+
+
 NAME = "language_model.model.layers.0.mlp.up_proj"
 
 
@@ -218,7 +234,7 @@ def test_the_model_is_left_without_hooks(loaded: Loaded, core: Core) -> None:
     ask(core, [Request(prompt(loaded), DRAWN, (), adapter="a")])
     layer = loaded.model.get_submodule(NAME)
     assert layer._forward_hooks
-    core.leave_model()
+    core.runner.leave()
     assert not layer._forward_hooks
 
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine.test_core import tiny_loaded
 from tessella.chat import Message
 from tessella.checkpoint.lowrank import Pair
-from tessella.checkpoint.read import Loaded, load
+from tessella.checkpoint.read import Loaded
 from tessella.engine.engine import Engine, EngineTicket
 from tessella.engine.request import EngineSettings, Piece, Request
 from tessella.errors import EngineError, QueueFull
 from tessella.generate import generate
 from tessella.sampling import SamplingParams
-from tiny import tiny_folder
 
 DRAWN = SamplingParams(max_tokens=16, temperature=1.0, seed=3)
 LONG = SamplingParams(max_tokens=700)
@@ -25,9 +25,8 @@ PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    folder = tiny_folder(tmp_path_factory.mktemp("tiny") / "model", "LlamaForCausalLM", 0)
-    return load(folder, device="cpu", dtype="float32", system="You are short.")
+def loaded() -> Loaded:
+    return tiny_loaded()
 
 
 @pytest.fixture

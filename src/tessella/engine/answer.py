@@ -6,6 +6,7 @@ In: one id at a time.  Out: Pieces.
 import time
 
 from tessella.engine.request import Finish, Logprob, Piece, Request, Usage
+from tessella.errors import CheckpointError
 from tessella.sampling import Sampler
 from tessella.stops import StopText
 from tessella.tokenizer import Tokenizer
@@ -30,9 +31,12 @@ class Answer:
             self._first = time.monotonic() - self._began
         if token_id in self._request.stop_ids:
             return self.end("stop")
+        try:
+            text = self._stop.push(self._stream.push(token_id))
+        except CheckpointError as error:  # a model with more rows than its tokenizer has tokens may draw one of those
+            return self.end("error", str(error))
         self.ids.append(token_id)
         chances = () if logprob is None else (logprob,)
-        text = self._stop.push(self._stream.push(token_id))
         if self._stop.found:
             return Piece(text, (token_id,), chances, "stop", usage=self._usage())
         if len(self.ids) < self._request.params.max_tokens:

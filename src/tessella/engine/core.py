@@ -32,19 +32,27 @@ class Core:
         self.model = model
         self.tokenizer = tokenizer
         sizes = fit(settings, model)
-        self.longest_row = min(sizes.blocks * settings.block_tokens, model.config.context_tokens)
+        self.block_tokens = sizes.block_tokens
+        self.longest_row = min(sizes.blocks * self.block_tokens, model.config.context_tokens)
         self.book = BlockBook(sizes.blocks)
         self.seen = VisionCache(settings.vision_cache_bytes)
         self.scheduler = Scheduler(
             self.book,
             self.seen,
-            block_tokens=settings.block_tokens,
+            block_tokens=self.block_tokens,
             max_tokens=sizes.batch_tokens,
             max_tiles=sizes.batch_tiles,
             max_running=sizes.running,
         )
-        store = BlockStore(model.config.language, sizes.blocks, settings.block_tokens, model.device, model.dtype)
-        self.runner = Runner(model, store, self.seen)
+        store = BlockStore(model.config.language, sizes.blocks, self.block_tokens, model.device, model.dtype)
+        self.runner = Runner(
+            model,
+            store,
+            self.seen,
+            cuda_graphs=settings.cuda_graphs,
+            most_rows=sizes.running,
+            longest_row=self.longest_row,
+        )
         self.live: dict[int, Row] = {}  # by number, from add to the last piece
         self.adapters: dict[str, Adapter] = {}
         self.steps = 0
@@ -70,7 +78,7 @@ class Core:
             Answer(request, self.tokenizer),
             on_piece,
             None if request.adapter is None else self.adapter(request.adapter),
-            block_tokens=self.settings.block_tokens,
+            block_tokens=self.block_tokens,
             slots_per_tile=config.slots_per_tile,
             unstretched_tokens=config.language.unstretched_tokens,
         )
@@ -93,10 +101,7 @@ class Core:
         if logits is None:
             return
         for row, drawn in zip(batch.drawing, draw(batch.drawing, logits), strict=True):
-            if drawn.error is not None:
-                self.end(row, "error", drawn.error)
-                continue
-            piece = row.answer.take(drawn.id, drawn.logprob)
+            piece = row.answer.take(drawn.id, drawn.logprob) if drawn.error is None else row.answer.end("error", drawn.error)
             self.answer_tokens += len(piece.ids)
             if piece.finish is None:
                 row.tokens.append(drawn.id)
@@ -119,10 +124,6 @@ class Core:
             self.ended["error"] += 1
             row.on_piece(row.answer.end("error", error))
         self.live = {}
-
-    def leave_model(self) -> None:
-        """Take off the model what was hung on it; no step may follow."""
-        self.runner.adapters.unhook()
 
     def _leave(self, row: Row, piece: Piece) -> None:
         assert piece.finish is not None

@@ -183,7 +183,7 @@ class Engine:
             else:
                 message.done.set_exception(EngineError(error))
         self._core.abandon(error)
-        self._core.leave_model()
+        self._core.runner.leave()
 
 
 def _obey(message: Message) -> None:

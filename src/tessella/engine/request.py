@@ -120,7 +120,7 @@ class Ticket(Protocol):
 class EngineSettings:
     """How much the engine takes at once. Numbers that are None fit the device: see Engine."""
 
-    block_tokens: int = 16  # tokens that a cache block holds
+    block_tokens: int | None = None  # tokens that a cache block holds
     cache_tokens: int | None = None  # tokens in all blocks together; None: by cache_fraction of the free memory
     cache_fraction: float = 0.5  # share of the device's free memory that the blocks may take, in (0, 1]
     max_batch_tokens: int | None = None  # tokens of one step; a longer prompt runs in pieces
@@ -132,7 +132,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         for name, value, legal, range_ in (
-            ("block_tokens", self.block_tokens, self.block_tokens >= 1, "at least 1"),
+            ("block_tokens", self.block_tokens, self.block_tokens != 0, "at least 1, or none"),
             ("cache_tokens", self.cache_tokens, self.cache_tokens != 0, "at least 1, or none"),
             ("cache_fraction", self.cache_fraction, 0 < self.cache_fraction <= 1, "in (0, 1]"),
             ("max_batch_tokens", self.max_batch_tokens, self.max_batch_tokens != 0, "at least 1, or none"),

@@ -48,6 +48,13 @@ class Row:
         self._keys: list[bytes] = []
         self.key(len(self.tokens) // block_tokens - 1)  # made here, in the thread of whoever submits
 
+    @cached_property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the next id is the likeliest and nothing else is asked of it."""
+        request = self.request
+        plain = request.params.temperature == 0 and not request.params.penalises
+        return plain and request.mask is None and request.logprobs is None
+
     @property
     def missing(self) -> int:
         """Tokens that are still to be computed before the next id can be drawn."""

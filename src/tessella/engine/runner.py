@@ -4,7 +4,8 @@ In: Batch.  Out: logits (R, V) of the rows that draw.
 T new tokens of all rows back to back, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,14 +15,27 @@ from tessella.engine.paged import BlockStore, Paged
 from tessella.engine.row import Row
 from tessella.engine.scheduler import Batch, Part
 from tessella.engine.vision import TileKey, VisionCache
+from tessella.model.attend import Attend
 from tessella.model.layers import rope_frequencies, rotary_at
 from tessella.model.vision_language import VisionLanguageModel
 
+if TYPE_CHECKING:
+    from tessella.engine.graphs import DecodeGraphs
+
 
 class Runner:
-    """Touches the model, as the only one, in one thread."""
+    """Touches the model, as the only one, in one thread. most_rows, longest_row: of any step to come."""
 
-    def __init__(self, model: VisionLanguageModel, store: BlockStore, seen: VisionCache):
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        store: BlockStore,
+        seen: VisionCache,
+        *,
+        cuda_graphs: bool,
+        most_rows: int,
+        longest_row: int,
+    ):
         self.model = model
         self.store = store
         self.seen = seen
@@ -29,15 +43,42 @@ class Runner:
         self.sight = Sight(model)
         language = model.config.language
         self.frequencies = rope_frequencies(language, 0, model.device)  # (D / 2,) of rows that are not stretched
+        self.paged: Callable[[BlockStore, Sequence[Part], torch.device], Attend] = Paged
+        self.graphs: DecodeGraphs | None = None
+        self._undo: Callable[[], None] | None = None
+        if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
+            self._take_kernels(most_rows, longest_row if cuda_graphs else None)
+
+    @torch.inference_mode()
+    def _take_kernels(self, most_rows: int, longest_row: int | None) -> None:
+        """Run on a GPU with Triton and, unless longest_row is None, with graphs."""
+        # Imported here: Triton comes with torch for CUDA alone.
+        from tessella.engine.graphs import DecodeGraphs
+        from tessella.engine.paged_cuda import PagedCuda
+        from tessella.engine.swap import swap_in
+
+        self.paged = PagedCuda
+        self._undo = swap_in(self.model)
+        if longest_row is not None:
+            self.graphs = DecodeGraphs(self.model, self.store, self.frequencies, most_rows, longest_row)
+
+    def leave(self) -> None:
+        """Give the model back as it was; no step may follow."""
+        self.adapters.unhook()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor | None:
         """The logits (R, V) of batch.drawing, None when no row draws."""
         parts = batch.parts
+        if self.graphs is not None and self.graphs.fit(parts):
+            return self.graphs.run(parts)
         visual = self._visual_tokens(batch)
         embeddings = self._embed(parts, visual)
         turn = rotary_at(self.model.config.language, *self._angles(parts), embeddings.dtype)
-        attend = Paged(self.store, parts, self.model.device)
+        attend = self.paged(self.store, parts, self.model.device)
         self.adapters.runs = self._runs(parts, [part.end - part.start for part in parts])
         hidden = self.model.language_model.run(embeddings, turn, attend)
         drawing = [part for part in parts if part.draws]

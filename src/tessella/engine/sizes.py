@@ -15,14 +15,20 @@ from tessella.model.vision_language import VisionLanguageModel
 
 
 class Sizes(NamedTuple):
+    block_tokens: int
     blocks: int
     batch_tokens: int  # of one step
     batch_tiles: int
     running: int  # rows side by side
 
 
-CPU = {"batch_tokens": 256, "batch_tiles": 2, "running": 16}  # a step that others wait for takes a fraction of a second
-GPU = {"batch_tokens": 8192, "batch_tiles": 32, "running": 256}
+CPU = {
+    "block_tokens": 16,
+    "batch_tokens": 256,
+    "batch_tiles": 2,
+    "running": 16,
+}  # a step that others wait for takes a fraction of a second
+GPU = {"block_tokens": 64, "batch_tokens": 8192, "batch_tiles": 32, "running": 256}
 CPU_CONTEXTS = 4  # full contexts that the blocks hold on a CPU at most: main memory is everybody's
 
 
@@ -31,23 +37,24 @@ def fit(settings: EngineSettings, model: VisionLanguageModel) -> Sizes:
     usual = CPU if model.device.type == "cpu" else GPU
     batch_tokens = settings.max_batch_tokens or usual["batch_tokens"]
     running = settings.max_running or usual["running"]
-    blocks = _blocks(settings, model)
+    block_tokens = settings.block_tokens or usual["block_tokens"]
+    blocks = _blocks(settings, model, block_tokens)
     if blocks < 1:
         raise ConfigError(
             f"cache_tokens is {settings.cache_tokens}, cache_fraction {settings.cache_fraction}: no block of "
-            f"{settings.block_tokens} tokens fits; give at least {settings.block_tokens} tokens"
+            f"{block_tokens} tokens fits; give at least {block_tokens} tokens"
         )
     # Every row that grows takes part in each step.
-    return Sizes(blocks, batch_tokens, settings.max_batch_tiles or usual["batch_tiles"], min(running, batch_tokens))
+    return Sizes(block_tokens, blocks, batch_tokens, settings.max_batch_tiles or usual["batch_tiles"], min(running, batch_tokens))
 
 
-def _blocks(settings: EngineSettings, model: VisionLanguageModel) -> int:
+def _blocks(settings: EngineSettings, model: VisionLanguageModel, block_tokens: int) -> int:
     if settings.cache_tokens is not None:
-        return settings.cache_tokens // settings.block_tokens
-    each = BlockStore.bytes_a_block(model.config.language, settings.block_tokens, model.dtype)
+        return settings.cache_tokens // block_tokens
+    each = BlockStore.bytes_a_block(model.config.language, block_tokens, model.dtype)
     fitting = int(settings.cache_fraction * free_bytes(model.device)) // each
     if model.device.type == "cpu":
-        return min(fitting, -(-CPU_CONTEXTS * model.config.context_tokens // settings.block_tokens))
+        return min(fitting, -(-CPU_CONTEXTS * model.config.context_tokens // block_tokens))
     return fitting
 
 

@@ -35,22 +35,27 @@ class Causal:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-            return self._packed(q, k, v)
+            return packed(q, k, v, self.starts, self.starts, self.longest, self.longest)
         if self.blocks is not None and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
             return self.blocks(q, k, v)
         rows = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
         return torch.cat([one_row(*row) for row in rows])
 
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # One kernel for all rows. Imported here: the module exists only where torch was built for it.
-        from torch.nn.attention.varlen import varlen_attn
 
-        shared = q.shape[1] // k.shape[1]
-        if shared > 1:  # torch 2.11 has no enable_gqa here; a copy of few heads costs less than a second code path
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-        out = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest, window_size=(-1, 0))
-        assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
-        return out
+def packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int) -> Tensor:
+    """One 16-bit kernel for all rows on a GPU: each query sees its row's keys up to itself, the last with the last.
+
+    q (Tq, Hq, D), k, v (Tk, Hk, D), starts (R + 1,) int32: where each row's queries and keys begin, and the end.
+    """
+    # Imported here: the module exists only where torch was built for it.
+    from torch.nn.attention.varlen import varlen_attn
+
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1:  # torch 2.11 has no enable_gqa here; a copy of few heads costs less than a second code path
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    out = varlen_attn(q, k, v, starts_q, starts_k, longest_q, longest_k, window_size=(-1, 0))
+    assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
+    return out
 
 
 LONGEST_SCORED = 512  # tokens of a row up to which its scores (Hq, T, T) are held for the backward run

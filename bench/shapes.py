@@ -1,0 +1,190 @@
+"""The engine on a GPU with the shapes of InternVL2-2B in bfloat16: one stream, many requests, pictures, first tokens.
+
+    python bench/shapes.py --json shapes.json
+
+The weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say nothing, speeds do. Pictures
+are cut into tiles before the clock starts, but for the rows that say "from the picture". Prints a table.
+"""
+
+import gc
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import tyro
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from work import QUESTIONS, Run, ask, picture_questions
+
+from tessella.chat import Message
+from tessella.config import LanguageConfig, ModelConfig, VisionConfig
+from tessella.engine.engine import Engine
+from tessella.engine.request import EngineSettings
+from tessella.evaluate.provenance import provenance
+from tessella.image import Size
+from tessella.inputs import Inputs, ModelInput
+from tessella.model.vision_language import VisionLanguageModel
+from tessella.sampling import SamplingParams
+from tessella.tokenizer import Tokenizer
+
+ONE_TILE, SEVEN_TILES, THIRTEEN_TILES = Size(448, 448), Size(1344, 896), Size(1792, 1344)
+ANSWER = SamplingParams(max_tokens=128)
+ONE_TOKEN = SamplingParams(max_tokens=1)
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "cuda"
+    tiny: bool = False  # the same work with a tiny model and few requests: a trial of this file on a CPU
+    json: Path | None = None
+    cuda_graphs: bool = True
+    text_requests: int = 512
+    one_tile_requests: int = 256
+    seven_tile_requests: int = 128
+    rounds: int = 3  # of each row; the best counts, for first tokens the median
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    work: str
+    number: float
+    unit: str
+
+
+def shape(options: Options) -> ModelConfig:
+    """InternVL2-2B: InternViT-300M and InternLM2-1.8B with 92,553 rows."""
+    language = LanguageConfig("InternLM2ForCausalLM", 92553, 2048, 8192, 24, 16, 8, 128, rope_dynamic_factor=2.0)
+    vision = VisionConfig(hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size_px=448)
+    if options.tiny:
+        language = replace(language, hidden_size=64, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+        vision = replace(vision, hidden_size=32, intermediate_size=32, num_layers=1, num_heads=2)
+    return ModelConfig(vision, language, "internlm2-chat")
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    model = model.to_empty(device=device).to(dtype)
+    chance = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0, weight[0].numel() ** -0.5, generator=chance)
+    return model.eval()
+
+
+def made_up_tokenizer(vocab_size: int) -> Tokenizer:
+    """Bytes, the special tokens that a prompt needs, and words between them that no text becomes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"word{i}" for i in range(vocab_size - len(alphabet) - len(SPECIAL)))]
+    backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    with TemporaryDirectory() as folder:
+        backend.save(f"{folder}/tokenizer.json")
+        return Tokenizer.load(folder)
+
+
+class Bench:
+    """Each piece of work begins with empty caches, in an engine of its own."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.config = shape(options)
+        self.device = torch.device(options.device)
+        self.model = random_model(self.config, self.device, torch.float32 if options.tiny else torch.bfloat16)
+        self.tokenizer = made_up_tokenizer(self.config.language.vocab_size)
+        self.inputs = Inputs(self.config, self.tokenizer, system="You are quick.")
+
+    def text(self, count: int) -> list[ModelInput]:
+        """count prompts of 71 tokens, as those were that other engines were measured with; each begins in its own way."""
+        room = 71 - len(self.inputs.build([Message("user", "")]))  # a letter is a token here
+        told = [f"{number} {QUESTIONS[number % len(QUESTIONS)]}"[:room].ljust(room, "?") for number in range(count)]
+        return [self.inputs.build([Message("user", text)]) for text in told]
+
+    def engine(self) -> Engine:
+        gc.collect()  # the engine before is gone, and its blocks with it
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        cache = 40_000 if self.options.tiny else None
+        settings = EngineSettings(cuda_graphs=self.options.cuda_graphs, cache_fraction=0.7, cache_tokens=cache)
+        engine = Engine(self.model, self.tokenizer, settings)
+        engine.start()
+        ask(engine, self.text(2), SamplingParams(max_tokens=4))  # kernels are compiled, memory is taken
+        return engine
+
+    def batch(self, work: str, prompts: list[ModelInput]) -> list[Row]:
+        runs = []
+        for _ in range(self.options.rounds):
+            engine = self.engine()
+            runs.append(ask(engine, prompts, ANSWER))
+            engine.stop()
+            del engine
+        best = max(runs, key=lambda run: run.requests_per_second)
+        return [
+            Row(work, best.requests_per_second, "requests/s"),
+            Row(work, best.tokens_per_second, "tokens/s"),
+            Row(f"{work}, first token, median", 1000 * statistics.median(best.seconds_to_first), "ms"),
+        ]
+
+    def stream(self, work: str, prompt: ModelInput) -> Row:
+        engine = self.engine()
+        runs: list[Run] = [ask(engine, [prompt], ANSWER) for _ in range(self.options.rounds)]
+        engine.stop()
+        return Row(work, max(run.tokens_per_second_after_the_first for run in runs), "tokens/s")
+
+    def first_tokens(self) -> list[Row]:
+        """A picture of 13 tiles: its first token, with and without cutting it into tiles, and that of a second question."""
+        engine = self.engine()
+        ready, second, whole = [], [], []
+        for seed in range(self.options.rounds + 1):
+            begun = time.perf_counter()
+            prompt = picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=seed)[0]
+            made = time.perf_counter() - begun
+            ready.append(ask(engine, [prompt], ONE_TOKEN).seconds_to_first[0])
+            whole.append(made + ready[-1])
+            again = picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=seed, question="And how many are there?")[0]
+            second.append(ask(engine, [again], ONE_TOKEN).seconds_to_first[0])
+        engine.stop()
+        times = {"ready tiles": ready, "from the pixels": whole, "second question about it": second}
+        return [Row(f"first token, 13 tiles, {what}", 1000 * statistics.median(took[1:]), "ms") for what, took in times.items()]
+
+    def all(self) -> list[Row]:
+        o, inputs = self.options, self.inputs
+        rows = [self.stream("one stream, text", self.text(1)[0])]
+        rows.append(self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0]))
+        rows += self.batch(f"{o.text_requests} text requests", self.text(o.text_requests))
+        rows += self.batch(f"{o.one_tile_requests} requests, 1 tile", picture_questions(inputs, o.one_tile_requests, ONE_TILE))
+        seven = picture_questions(inputs, o.seven_tile_requests, SEVEN_TILES)
+        rows += self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven)
+        return rows + self.first_tokens()
+
+
+def main(options: Options) -> None:
+    where = provenance()
+    bench = Bench(options)
+    rows = bench.all()
+    kind = str(bench.model.dtype).removeprefix("torch.")
+    print(
+        f"{where.command}\ncommit {where.commit}, {where.date}, {where.hardware}, {kind}, answers of {ANSWER.max_tokens} tokens\n"
+    )
+    print("| work | number | |\n| --- | --- | --- |")
+    for row in rows:
+        print(f"| {row.work} | {row.number:,.1f} | {row.unit} |")
+    if options.json:
+        told = {"command": "bench/shapes.py", "where": asdict(where), "dtype": kind, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
