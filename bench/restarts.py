@@ -21,6 +21,7 @@ def main() -> None:
     wish = words.parse_args()
     port, ready_s, failures = free_port(), [], []
     for number in range(wish.times):
+        askers = None
         process, url = start(wish.model, port=port)
         try:
             ready_s.append(wait_until_ready(process, url))
@@ -35,7 +36,8 @@ def main() -> None:
             failures.append(f"{number}: {error}")
         process.send_signal(signal.SIGKILL)
         process.wait()
-        askers.stop()
+        if askers is not None:
+            askers.stop()
     result = {
         "restarts": wish.times,
         "failures": failures,
