@@ -34,6 +34,10 @@ def main() -> None:
             time.sleep(0.2 + number % 5 / 10)
         except RuntimeError as error:
             failures.append(f"{number}: {error}")
+        print(
+            f"{number + 1} of {wish.times}: ready after {ready_s[-1] if ready_s else 0:.1f} s, {len(failures)} failures",
+            flush=True,
+        )
         process.send_signal(signal.SIGKILL)
         process.wait()
         if askers is not None:
