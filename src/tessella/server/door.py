@@ -89,7 +89,7 @@ class Door:
         if settings.keys or not settings.on_loopback:
             return
         host = _host_name(headers.get("host", ""))
-        if False and host not in (*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts):
+        if host not in (*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts):
             raise Refusal(403, "this server is not known by that Host; --allow-host NAME makes it so", code="unknown_host")
 
     def _check_origin(self, headers: Headers) -> dict[str, str]:
