@@ -72,6 +72,7 @@ class Run:
 
     answers: list[Timed]
     seconds: float  # from the first submit to the last id
+    cpu_seconds: float  # of this process meanwhile
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,10 +110,10 @@ def ask(engine: Engine, prompts: Sequence[ModelInput], params: SamplingParams) -
         if not left[0]:
             over.set()
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for one, prompt in zip(answers, prompts, strict=True):
         one.asked = time.perf_counter()
         engine.submit(Request(prompt, params, ()), lambda piece, one=one: hear(one, piece))
     while not over.wait(1.0):
         assert engine.state().alive, engine.state().failure
-    return Run(answers, time.perf_counter() - start)
+    return Run(answers, time.perf_counter() - start, time.process_time() - cpu)
