@@ -48,7 +48,7 @@ print(f"heavy={{sorted(heavy)}} count={{len(sys.modules)}}")
 def test_help_lists_the_commands_that_exist_and_no_other() -> None:
     text = tessella("--help").stdout
     assert "{" + ",".join(COMMANDS) + "}" in text
-    assert all(name not in text for name in ("serve", "tessella ui"))
+    assert "tessella ui" not in text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
