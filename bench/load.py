@@ -63,7 +63,7 @@ def told(
     capacity_hz: float, rate_hz: float, minutes: float, rows: list[Any], asked: list[Asked], idle: dict[str, float]
 ) -> dict[str, Any]:
     errors = [one.error for one in asked if one.error]
-    settled = rows[len(rows) // 4 :]  # the caches fill first
+    settled = rows[len(rows) // 2 :]  # the caches fill first
     free = [(row["s"], idle["tessella_engine_blocks"] - row["blocks_used"]) for row in settled]
     return {
         "capacity, requests/s": round(capacity_hz, 2),
@@ -78,8 +78,8 @@ def told(
         "whole answer, median s": round(quantile([one.seconds for one in asked], 0.5), 3),
         "whole answer, p99 s": round(quantile([one.seconds for one in asked], 0.99), 3),
         "resident MiB, first and last": (rows[0]["resident_mib"], rows[-1]["resident_mib"]),
-        "resident MiB/hour, after a quarter": round(slope_per_hour([(row["s"], row["resident_mib"]) for row in settled]), 1),
-        "free blocks/hour, after a quarter": round(slope_per_hour(free), 1),
+        "resident MiB/hour, second half": round(slope_per_hour([(row["s"], row["resident_mib"]) for row in settled]), 1),
+        "free blocks/hour, second half": round(slope_per_hour(free), 1),
         "blocks held when idle": idle["tessella_engine_blocks_used"],
         "running and waiting when idle": idle["tessella_engine_running"] + idle["tessella_engine_waiting"],
     }

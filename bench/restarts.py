@@ -21,6 +21,7 @@ def main() -> None:
     wish = words.parse_args()
     port, ready_s, failures = free_port(), [], []
     for number in range(wish.times):
+        askers = None
         process, url = start(wish.model, port=port)
         try:
             ready_s.append(wait_until_ready(process, url))
@@ -33,9 +34,14 @@ def main() -> None:
             time.sleep(0.2 + number % 5 / 10)
         except RuntimeError as error:
             failures.append(f"{number}: {error}")
+        print(
+            f"{number + 1} of {wish.times}: ready after {ready_s[-1] if ready_s else 0:.1f} s, {len(failures)} failures",
+            flush=True,
+        )
         process.send_signal(signal.SIGKILL)
         process.wait()
-        askers.stop()
+        if askers is not None:
+            askers.stop()
     result = {
         "restarts": wish.times,
         "failures": failures,

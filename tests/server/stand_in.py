@@ -202,10 +202,10 @@ def live(engine: Any = None, some_inputs: Inputs | None = None, **settings: Any)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert started.wait(20), "the server did not start"
+    assert started.wait(120), "the server did not start"
     try:
         yield box[0]
     finally:
         box[0].server.should_exit = True
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive(), "the server did not stop"

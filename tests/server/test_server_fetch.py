@@ -84,83 +84,83 @@ def test_a_name_that_points_elsewhere_the_second_time_is_asked_once() -> None:
     assert len(web.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        *("", "/etc/passwd", "../../etc/passwd", "file:///etc/passwd", "file:/etc/passwd", "FILE:///etc/passwd"),
-        *("http://pics.example.org/a.png", "ftp://pics.example.org/a.png", "gopher://pics.example.org/", "javascript:alert(1)"),
-        *("https://evil.org/a.png", "https://evil.org/#pics.example.org", "https://evil.org/?pics.example.org"),
-        *("https://pics.example.org.evil.org/a", "https://evilpics.example.org/a", "https://example.org/a"),
-        *("https://pics.example.org@evil.org/a", "https://evil.org@pics.example.org/a", "https://:p@pics.example.org/a"),
-        *("https://pics.example.org\\@evil.org/a", "https://evil.org\\@pics.example.org/a", "https:\\\\pics.example.org\\a"),
-        *("https:/pics.example.org/a", "https:pics.example.org/a", "//pics.example.org/a", "https:///pics.example.org/a"),
-        *("https://pics.example.org:8443/a", "https://pics.example.org:/a", "https://pics.example.org:443@evil.org/a"),
-        *("https://127.0.0.1/a", "https://2130706433/a", "https://0177.0.0.1/a", "https://0x7f.0.0.1/a", "https://127.1/a"),
-        *("https://[::1]/a", "https://[::ffff:127.0.0.1]/a", "https://[fd00::1]/a", "https://169.254.169.254/latest/meta-data/"),
-        *(
-            "https://localhost/a",
-            "https://pics.example.org./a",
-            "https://pics.example.org%2eevil.org/a",
-            "https://pics%2eexample.org/a",
-        ),
-        *(
-            "https://pics.example.org/a b",
-            "https://pics.example.org/a\n",
-            " https://pics.example.org/a",
-            "https://pics.example.org/\x00",
-        ),
-        *(
-            "https://pics。example.org/a",
-            "https://ⓟics.example.org/a",
-            "https://pics.example.org/ä",
-            "https://pics.example.org" + "/a" * 3000,
-        ),
-    ],
+REFUSED = (
+    *("", "/etc/passwd", "../../etc/passwd", "file:///etc/passwd", "file:/etc/passwd", "FILE:///etc/passwd"),
+    *("http://pics.example.org/a.png", "ftp://pics.example.org/a.png", "gopher://pics.example.org/", "javascript:alert(1)"),
+    *("https://evil.org/a.png", "https://evil.org/#pics.example.org", "https://evil.org/?pics.example.org"),
+    *("https://pics.example.org.evil.org/a", "https://evilpics.example.org/a", "https://example.org/a"),
+    *("https://pics.example.org@evil.org/a", "https://evil.org@pics.example.org/a", "https://:p@pics.example.org/a"),
+    *("https://pics.example.org\\@evil.org/a", "https://evil.org\\@pics.example.org/a", "https:\\\\pics.example.org\\a"),
+    *("https:/pics.example.org/a", "https:pics.example.org/a", "//pics.example.org/a", "https:///pics.example.org/a"),
+    *("https://pics.example.org:8443/a", "https://pics.example.org:/a", "https://pics.example.org:443@evil.org/a"),
+    *("https://127.0.0.1/a", "https://2130706433/a", "https://0177.0.0.1/a", "https://0x7f.0.0.1/a", "https://127.1/a"),
+    *("https://[::1]/a", "https://[::ffff:127.0.0.1]/a", "https://[fd00::1]/a", "https://169.254.169.254/latest/meta-data/"),
+    *(
+        "https://localhost/a",
+        "https://pics.example.org./a",
+        "https://pics.example.org%2eevil.org/a",
+        "https://pics%2eexample.org/a",
+    ),
+    *(
+        "https://pics.example.org/a b",
+        "https://pics.example.org/a\n",
+        " https://pics.example.org/a",
+        "https://pics.example.org/\x00",
+    ),
+    *(
+        "https://pics。example.org/a",
+        "https://ⓟics.example.org/a",
+        "https://pics.example.org/ä",
+        "https://pics.example.org" + "/a" * 3000,
+    ),
 )
-def test_any_other_address_is_refused_before_a_name_is_looked_up(url: str) -> None:
+
+
+def test_any_other_address_is_refused_before_a_name_is_looked_up() -> None:
     web = Web()
-    assert web.refused(url) == "image_url_not_allowed"
+    for url in REFUSED:
+        assert web.refused(url) == "image_url_not_allowed", url
     assert not web.lookups
     assert not web.requests
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        *(
-            "127.0.0.1",
-            "127.8.8.8",
-            "0.0.0.0",
-            "10.1.2.3",
-            "172.16.0.1",
-            "192.168.0.1",
-            "169.254.169.254",
-            "100.64.0.1",
-            "192.0.2.1",
-        ),
-        *("198.18.0.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "192.0.0.8"),
-        *(
-            "::",
-            "::1",
-            "fe80::1",
-            "fe80::1%eth0",
-            "fc00::1",
-            "fd12::1",
-            "ff02::1",
-            "2001::1",
-            "2001:db8::1",
-            "::ffff:127.0.0.1",
-            "::ffff:7f00:1",
-        ),
-        *("::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:c0a8:1::1", "100::1"),
-        *("2130706433", "0177.0.0.1", "0x7f.0.0.1", "127.1", "", "localhost"),
-    ],
+INSIDE = (
+    *(
+        "127.0.0.1",
+        "127.8.8.8",
+        "0.0.0.0",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.0.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "192.0.2.1",
+    ),
+    *("198.18.0.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "192.0.0.8"),
+    *(
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fc00::1",
+        "fd12::1",
+        "ff02::1",
+        "2001::1",
+        "2001:db8::1",
+        "::ffff:127.0.0.1",
+        "::ffff:7f00:1",
+    ),
+    *("::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:c0a8:1::1", "100::1"),
+    *("2130706433", "0177.0.0.1", "0x7f.0.0.1", "127.1", "", "localhost"),
 )
-def test_a_host_with_an_address_off_the_public_internet_is_refused(address: str) -> None:
-    assert not is_public(address)
-    web = Web([PUBLIC, address])
-    assert web.refused(f"https://{HOST}/a.png") == "image_url_not_allowed"
-    assert not web.requests
+
+
+def test_a_host_with_an_address_off_the_public_internet_is_refused() -> None:
+    for address in INSIDE:
+        assert not is_public(address), address
+        web = Web([PUBLIC, address])
+        assert web.refused(f"https://{HOST}/a.png") == "image_url_not_allowed"
+        assert not web.requests
 
 
 def test_public_addresses_are_public() -> None:

@@ -165,9 +165,9 @@ class EventStream(Response):
         self.ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         told: Exception | None = None
         try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await while_client_waits(receive, self._send_all(send), self.limit_s)
         except ClientGone as gone:
             told = gone
