@@ -3,6 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+COUNT_ROUNDS = """() => {
+  window.rounds = 0;  // how often everything that was asked has been answered
+  new MutationObserver((changes) => {
+    for (const change of changes) if (change.oldValue === 'true' && change.target.ariaBusy === 'false') window.rounds += 1;
+  }).observe(document.querySelector('.turns'), { attributes: true, attributeOldValue: true, attributeFilter: ['aria-busy'] });
+}"""
 QUIET = """() => {
   const log = document.querySelector('.turns');
   return log.getAttribute('aria-busy') === 'false' && document.querySelector('#box .submit-button') !== null;
@@ -18,12 +24,14 @@ class Chat:
         self.elsewhere: list[str] = []
         self.refused: list[str] = []
         self.faults: list[str] = []
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(60_000)  # a busy machine is no fault of the page
         self.page.on("request", lambda request: self._note(request.url))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda said: self.refused.append(said.text) if "Content Security Policy" in said.text else None)
         self.page.goto(address)
         self.page.wait_for_function("document.querySelector('#model input')?.value")
+        self.page.evaluate(COUNT_ROUNDS)
+        self.rounds = 0
 
     def _note(self, url: str) -> None:
         if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "http://127.0.0.2:9/")):
@@ -39,19 +47,24 @@ class Chat:
         self.page.wait_for_function(f"document.querySelectorAll('#box .thumbnail-item').length === {count}")
 
     def ask(self, text: str, wait: bool = True) -> None:
-        turns = self.page.locator(".turn").count()
+        self.mark()
         self.page.fill("#box textarea", text)
         self.page.keyboard.press("Enter")
         if wait:
-            self.page.wait_for_function(f"document.querySelectorAll('.turn').length === {turns + 1}")
             self.done()
 
+    def mark(self) -> None:
+        """What done waits for begins here."""
+        self.rounds = self.page.evaluate("window.rounds")
+
     def done(self) -> None:
-        """Wait until every answer has ended."""
-        self.page.wait_for_timeout(150)
+        """Wait until what was asked since the last mark is answered, by every model."""
+        self.page.wait_for_function(f"window.rounds > {self.rounds}")
         self.page.wait_for_function(QUIET)
+        self.mark()
 
     def press(self, name: str, turn: int = -1, column: int = 0) -> None:
+        self.mark()
         last = self.page.locator(".turn").nth(turn)
         last.get_by_role("button", name=name).nth(column).click()
 

@@ -28,7 +28,7 @@ def fetch(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     """The first true thing that what gives."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -2,7 +2,7 @@
 
 Run as a program: python chat_stand_in.py PORT. What it was asked is told at /seen; whether a client left, too.
 Its answer counts pictures and turns, so that a test sees what the model would have seen. Words in the question steer it:
-"slowly" answers for ten seconds, "where" marks a place, "refuse" refuses, "break" ends in the middle.
+"slowly" answers for minutes, until it is stopped, "where" marks a place, "refuse" refuses, "break" ends in the middle.
 """
 
 import asyncio

@@ -4,19 +4,23 @@ const log = element.querySelector(".turns");
 const empty = element.querySelector(".empty");
 let following = true; // the end is kept in sight until a person scrolls up, and again from the next question on
 
-function follow() {
-  if (following) log.scrollTop = log.scrollHeight;
-}
-
 let lastTop = 0;
-log.addEventListener("scroll", () => {
-  // Only a way up is a person's: what is said makes the conversation longer, it does not move it.
+
+// Only a way up is a person's: what is said makes the conversation longer, it does not move it.
+function notice() {
   if (log.scrollTop < lastTop - 2) following = false;
   else if (log.scrollHeight - log.scrollTop - log.clientHeight < 60) following = true;
   lastTop = log.scrollTop;
-});
-log.addEventListener("load", follow, true); // a picture that has come makes the conversation longer
-new ResizeObserver(follow).observe(log);
+}
+
+function follow() {
+  if (following) log.scrollTop = log.scrollHeight;
+  lastTop = log.scrollTop;
+}
+
+log.addEventListener("scroll", notice);
+log.addEventListener("load", () => { notice(); follow(); }, true); // a picture that has come makes the conversation longer
+new ResizeObserver(() => { notice(); follow(); }).observe(log);
 
 function put(node, html) {
   if (node.html === html || node.querySelector("textarea")) return; // what a person edits is not taken away
@@ -39,6 +43,7 @@ function trim(parent, length) {
 
 function show() {
   const { turns, busy, words, language } = props.value;
+  notice(); // a person may have scrolled since the last event
   if (busy && log.getAttribute("aria-busy") !== "true") following = true;
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   log.setAttribute("aria-label", words.conversation);
