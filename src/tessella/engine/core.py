@@ -28,6 +28,11 @@ class Core:
     """make_row may be called from any thread; everything else from one. Raises ConfigError for settings without room."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, settings: EngineSettings):
+        if model.config.tile_rule == "anyres":
+            raise EngineError(
+                f'the engine keeps visual tokens tile by tile, and the tile rule "anyres" of {model.config.family} lays a whole '
+                "picture out at once; ask such a model with tessella chat or evaluate"
+            )
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
