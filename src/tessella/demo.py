@@ -50,8 +50,8 @@ class Plan:
     styles: tuple[str, ...] = ()  # to learn from; (): all but test_style
     test_style: str = STYLES[-1]
     foods: int | None = None  # the first so many; None: all
-    epochs: float = 4.0
-    learning_rate: float = 8e-4
+    epochs: float = 3.0
+    learning_rate: float = 1e-3
     output: Path = Path("runs/demo")
     fresh: bool = False
     seed: int = 0
@@ -97,7 +97,7 @@ class Plan:
             lora_rank=32,
             lora_alpha=64.0,
             lora_dropout=0.0,
-            samples_per_step=8,
+            samples_per_step=4,
             max_tiles=1,
             seed=self.seed,
             device=self.device,

@@ -24,7 +24,7 @@ class Chat:
         self.elsewhere: list[str] = []
         self.refused: list[str] = []
         self.faults: list[str] = []
-        self.page.set_default_timeout(60_000)  # a busy machine is no fault of the page
+        self.page.set_default_timeout(120_000)  # a busy machine is no fault of the page
         self.page.on("request", lambda request: self._note(request.url))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda said: self.refused.append(said.text) if "Content Security Policy" in said.text else None)
