@@ -84,7 +84,7 @@ examples:
 DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, score again, ask again.
 
 Foods in English and Chinese, drawn in four styles: three to learn from, one only to be tested on.
-It takes 5 to 9 minutes on 2 CPU cores, by what these multiply in bfloat16.
+It takes 5 to 13 minutes on 2 CPU cores, by what these multiply in bfloat16 and what else they do.
 
 examples:
   tessella demo
