@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tessella import cli
+from tessella.commands.chat import words_of_chat
 from tessella.errors import DataError
 from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.recipe import Recipe
@@ -87,7 +88,7 @@ def test_every_field_of_a_recipe_is_a_flag(tmp_path: Path) -> None:
 def test_one_word_of_chat_is_a_model_only_when_it_looks_like_one(words: list[str], model: str, prompt: str | None) -> None:
     command = cli.parse(["chat", *words])
     assert isinstance(command, cli.Chat)
-    assert cli.words_of_chat(command.model, command.prompt) == (model, prompt)
+    assert words_of_chat(command.model, command.prompt) == (model, prompt)
 
 
 def test_pictures_do_not_swallow_the_question() -> None:

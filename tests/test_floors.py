@@ -33,8 +33,20 @@ FLOORS = {
     "ui": 4,
     "cli": 5,
 }
-# These stand beside cli.py for their length alone: one room.
-JOINED_TO_CLI = ("terminal", "inspection", "scoring", "demo", "mistakes", "verification", "helptext", "serving", "webchat")
+# These stand beside cli.py for their length alone: one room. commands/ holds each command's flags.
+JOINED_TO_CLI = (
+    "commands",
+    "terminal",
+    "inspection",
+    "scoring",
+    "demo",
+    "mistakes",
+    "verification",
+    "helptext",
+    "serving",
+    "webchat",
+    "commands",
+)
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"
 # But for the file that runs transformers in a process of its own, to compare; nothing of ours imports it.
