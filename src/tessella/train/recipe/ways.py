@@ -1,0 +1,104 @@
+"""How the model is taught: which part by LoRA, whole or not at all, at which rates, in which steps."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tessella.errors import ConfigError
+from tessella.train.recipe.values import Bounds
+
+LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOWER_TARGETS = ("qkv", "proj", "fc1", "fc2")
+HEADS = ("lm_head", "output", "embed_tokens", "tok_embeddings")  # no LoRA: a tied head would drag the embeddings along
+
+
+@dataclass(frozen=True)
+class WaysFields:
+    """Fields of a Recipe; check_ways() is called where the recipe is made."""
+
+    language: Literal["lora", "frozen", "full"] = "lora"
+    """How the language model is taught."""
+    tower: Literal["frozen", "lora", "full"] = "frozen"
+    """How the vision tower is taught."""
+    projector: Literal["train", "frozen"] = "train"
+    """Whether the projector between tower and language model is taught."""
+    lora_rank: int = 16
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 32.0
+    """LoRA scale = alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the LoRA matrices."""
+    lora_targets: tuple[str, ...] = LANGUAGE_TARGETS
+    """Linear layers of the language model that get LoRA, by their last name; never the head."""
+    lora_layers: int | None = None
+    """Only the last so many layers of the language model get LoRA; default: all. With tower and projector frozen, what the
+    layers below say of a sample is computed once and kept: with half of the layers a step costs half."""
+    tower_lora_targets: tuple[str, ...] = TOWER_TARGETS
+    """Linear layers of the tower that get LoRA when tower is "lora"."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    tower_learning_rate: float | None = None
+    """Peak learning rate of the tower; default: learning_rate."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; default: learning_rate."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    warmup_share: float = 0.03
+    """Share of all steps in which the learning rate rises; a cosine to 0 follows."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    epochs: float = 1.0
+    """Times that the training data is seen."""
+    max_steps: int | None = None
+    """Stop the schedule at this many optimizer steps, whatever epochs says."""
+    samples_per_step: int = 16
+    """Samples of one optimizer step, over all passes and devices."""
+    tokens_per_pass: int = 8192
+    """Most tokens of one forward and backward pass; a step takes as many passes as its samples need."""
+    augment: Literal["none", "light", "photo"] = "none"
+    """Changes of the pictures while training: "light" crop, small turn and colour; "photo" the same and mirror."""
+    cache_features: bool = True
+    """Compute what frozen parts say of a sample once and keep it; off when the tower is taught or pictures are augmented."""
+    seed: int = 0
+    """Seed of order, initial LoRA, dropout, augmentation and the held-out split."""
+
+    def check_ways(self) -> None:
+        """Raise ConfigError for what no bound and no type catches."""
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas are {list(self.betas)}, each must be in [0, 1)")
+        heads = [name for name in (*self.lora_targets, *self.tower_lora_targets) if name.split(".")[-1] in HEADS]
+        if heads:
+            raise ConfigError(f"lora_targets names {', '.join(heads)}: head and embeddings take no LoRA; leave them out")
+        if (self.language == "lora" and not self.lora_targets) or (self.tower == "lora" and not self.tower_lora_targets):
+            raise ConfigError('LoRA is asked for, but its targets are empty; name some, or choose "frozen"')
+        if (self.language, self.tower, self.projector) == ("frozen", "frozen", "frozen"):
+            raise ConfigError("language, tower and projector are all frozen, so nothing would be learned; teach one of them")
+
+    @property
+    def caches_features(self) -> bool:
+        """True when what frozen parts say is kept: asked for, tower frozen, pictures not augmented."""
+        return self.cache_features and self.tower == "frozen" and self.augment == "none"
+
+
+WAYS_RANGES = {
+    "lora_rank": Bounds(1, 4096),
+    "lora_layers": Bounds(1),
+    "lora_alpha": Bounds(0, above=True),
+    "lora_dropout": Bounds(0, 0.99),
+    "learning_rate": Bounds(0, 1, above=True),
+    "tower_learning_rate": Bounds(0, 1, above=True),
+    "projector_learning_rate": Bounds(0, 1, above=True),
+    "weight_decay": Bounds(0, 1),
+    "warmup_share": Bounds(0, 1),
+    "max_grad_norm": Bounds(0, above=True),
+    "epochs": Bounds(0, 10_000, above=True),
+    "max_steps": Bounds(1),
+    "samples_per_step": Bounds(1),
+    "tokens_per_pass": Bounds(64),
+    "seed": Bounds(0, 2**32 - 1),
+}
+# The loss is one mean over the answer tokens of a whole step, so tokens_per_pass changes no gradient beyond rounding and may be
+# lowered after an out-of-memory error.
+WAYS_FREE_ON_RESUME = ("tokens_per_pass", "cache_features")
