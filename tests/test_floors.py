@@ -45,7 +45,8 @@ JOINED_TO_CLI = (
     "helptext",
     "serving",
     "webchat",
-    "commands",
+    "companion",
+    "demo_chat",
 )
 # PEFT brings transformers; only teaching may reach for PEFT, and nothing of ours for transformers.
 PEFT_ROOM = "train"

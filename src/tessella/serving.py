@@ -7,6 +7,7 @@ It imports no torch at the top, like cli.py: its flags are read for `tessella --
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,10 @@ class Serve:
     """Open the web chat too, on this machine alone; it needs the ui extra."""
     ui_port: int | None = None
     """Port of the web chat; default: the first free one from 7860."""
+    ui_compare: bool = False
+    """Open the web chat with the model and its first adapter side by side."""
+    ui_open: bool = True
+    """Open the web chat in a browser, where there is a screen."""
     json: Path | None = None
     """Write what was served there, at the end."""
 
@@ -110,6 +115,8 @@ class Serve:
         adapters = [parse_adapter(text) for text in self.adapter]
         settings = self.settings()
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        if self.ui_compare and not (self.ui and adapters):
+            raise ConfigError("--ui-compare goes with --ui and an adapter: --ui --adapter food=runs/food --ui-compare")
         if self.ui:
             check_extra()
         with take_address(settings) as taken, ExitStack() as web_chat:
@@ -133,7 +140,8 @@ class Serve:
                     print(self.greeting(settings, loaded, port), file=sys.stderr, flush=True)
                     if self.ui:
                         key = settings.keys[0] if settings.keys else None
-                        web_chat.enter_context(beside(reachable(settings.host, port), key, self.ui_port))
+                        words = self.chat_words(settings.name, [name for name, _ in adapters])
+                        web_chat.enter_context(beside(reachable(settings.host, port), key, words))
 
                 why = serve(
                     engine,
@@ -182,6 +190,12 @@ class Serve:
             drain_s=self.drain_seconds,
             workers=self.workers or max(2, (os.cpu_count() or 2) // 2),
         )
+
+    def chat_words(self, base: str, adapters: Sequence[str]) -> list[str]:
+        """What `tessella ui` is told beside the server's address."""
+        words = [] if self.ui_port is None else ["--port", str(self.ui_port)]
+        words += ["--compare", base, adapters[0]] if self.ui_compare else []
+        return words if self.ui_open else [*words, "--no-open"]
 
     def greeting(self, settings: Settings, loaded: "Loaded", port: int) -> str:
         place = f"{loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"

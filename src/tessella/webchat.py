@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,9 @@ class Ui:
     allowed_host: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="NAME", help="A name by which a reverse proxy calls the page.")
     ] = ()
+    compare: Annotated[
+        tuple[str, ...] | None, arg(metavar="[A,B]", help="Open with two models side by side; without names, the first two.")
+    ] = None
     share: bool = False
     """Open a public tunnel through Gradio's company; asks first."""
     open: bool = True
@@ -67,6 +70,7 @@ class Ui:
             port=self.port,
             password=self.password,
             allowed_hosts=self.allowed_host,
+            compare=None if self.compare is None else two_names(self.compare),
             share=self.share,
             open=self.open and has_screen(),
         )
@@ -78,6 +82,14 @@ class Ui:
 
         serve(options, ready)
         return {"url": addresses[0], "servers": list(urls)}
+
+
+def two_names(words: Sequence[str]) -> tuple[str, ...]:
+    """A,B or A B -> both names; nothing stays nothing. Raises ConfigError."""
+    names = tuple(name.strip() for word in words for name in word.split(","))
+    if names and (len(names) != 2 or not all(names)):
+        raise ConfigError(f'--compare is "{" ".join(words)}", must be two names of models, like tessella-nano,foods, or none')
+    return names
 
 
 def has_screen() -> bool:
@@ -104,10 +116,14 @@ def check_extra() -> None:
 
 
 @contextmanager
-def beside(url: str, key: str | None, port: int | None) -> Iterator[None]:
-    """The web chat for the server at url, in a process of its own, so that it takes no time from the engine's; ends with us."""
-    command = [sys.executable, "-m", "tessella.cli", "ui", "--server", url, *(["--port", str(port)] if port else [])]
-    with subprocess.Popen(command, env={**os.environ, **({KEY: key} if key else {})}) as process:
+def beside(url: str, key: str | None, words: Sequence[str]) -> Iterator[None]:
+    """The web chat for the server at url, in a process of its own, so that it takes no time from the engine's.
+
+    words: further flags of `tessella ui`. It ends with us, also when we are killed: companion.py.
+    """
+    command = [sys.executable, "-m", "tessella.companion", "ui", "--server", url, *words]
+    environment = {**os.environ, **({KEY: key} if key else {})}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
         try:
             yield
         finally:

@@ -139,6 +139,18 @@ def test_two_models_answer_side_by_side(tab: Callable[..., Chat], stand_in: Stan
     assert [body["model"] for body in stand_in.seen()[asked:]] == ["tiny-foods"]
 
 
+def test_the_page_opens_with_the_two_models_that_it_was_told(
+    browser: Any, stand_in: StandIn, serve_chat: Callable[..., str]
+) -> None:
+    chat = Chat(browser.new_context(locale="en-US"), serve_chat("--server", stand_in.url, "--compare", "tiny-foods,tiny"))
+    chat.ask("both?")
+    assert [chat.text(0, column) for column in (0, 1)] == [
+        f"{model} heard “both?”, turn 1, pictures none." for model in ("tiny-foods", "tiny")
+    ]
+    chat.context.close()
+    assert not chat.elsewhere and not chat.faults
+
+
 def test_editing_taking_back_and_correcting(chat: Chat, picture: Callable[[str], Path], stand_in: StandIn) -> None:
     chat.show(picture("#ff0000"))
     chat.ask("first")

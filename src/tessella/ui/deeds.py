@@ -34,13 +34,19 @@ THERE_S = 20.0  # until one that did is: it may have loaded another adapter
 
 
 class Deeds:
-    """The deeds of one page; what belongs to a tab comes in as its Talk and the values of its fields."""
+    """The deeds of one page; what belongs to a tab comes in as its Talk and the values of its fields.
 
-    def __init__(self, servers: tuple[Server, ...], rows: Sequence[Row], folder: Path, words: Words):
+    compare: names of two models that a tab opens with; (): whichever are offered first.
+    """
+
+    def __init__(
+        self, servers: tuple[Server, ...], rows: Sequence[Row], folder: Path, words: Words, compare: tuple[str, ...] = ()
+    ):
         self.servers = servers
         self.rows = rows
         self.folder = folder
         self.words = words
+        self.named = compare
         self.known: dict[str, Choice] = {}  # every model that a server has named, by the label on the page
         self.found: tuple[list[Choice], list[Trouble]] = ([], [])  # at the last look
         self.look_again_s = 0.0  # time.monotonic() from which on a look asks the servers anew
@@ -219,8 +225,11 @@ class Deeds:
         told = "".join(f'<p class="away" role="status">{escape(trouble.sentence(language))}</p>' for trouble in troubles)
         if not labels or labels == offered:
             return told, gr.skip(), gr.skip(), gr.skip()
-        first = model if model in labels else labels[0]
-        other = second if second in labels else labels[min(1, len(labels) - 1)]
+        named, missing = named_among(self.named, found)
+        for name in missing if not offered else ():  # told once, when a tab first sees what there is
+            self._refuse(Trouble("not_served", name=name, names=", ".join(labels)), language)
+        defaults = named if len(named) == 2 else [labels[0], labels[min(1, len(labels) - 1)]]
+        first, other = (kept if kept in labels else new for kept, new in zip((model, second), defaults, strict=True))
         return told, gr.update(choices=labels, value=first), gr.update(choices=labels, value=other), labels
 
     async def greet(self, talk: Talk, kind: int, request: gr.Request) -> list[Any]:
@@ -232,6 +241,19 @@ class Deeds:
         """Everything in another language, the conversation's own words excepted."""
         words = [gr.update(**said) for said in self.words(language).values()]
         return [*words, self.view(talk, language), await asyncio.to_thread(quick_bar, self.rows, kind, language)]
+
+
+def named_among(names: Sequence[str], found: Sequence[Choice]) -> tuple[list[str], list[str]]:
+    """Names of models -> (the label of each that is served, the names that are not). Twice one name: of two servers, if there are."""
+    labels: list[str] = []
+    missing: list[str] = []
+    for name in names:
+        fitting = [choice.label for choice in found if name in (choice.label, choice.model)]
+        if fitting:
+            labels.append(next((label for label in fitting if label not in labels), fitting[0]))
+        else:
+            missing.append(name)
+    return labels, missing
 
 
 def _number(event: gr.EventData, name: str) -> int:

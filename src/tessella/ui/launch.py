@@ -80,6 +80,7 @@ class Options:
     port: int | None = None  # None: the first free one from 7860
     password: str | None = None  # None: none on this machine, a fresh one on any other address
     allowed_hosts: tuple[str, ...] = ()  # names by which a reverse proxy calls us
+    compare: tuple[str, ...] | None = None  # names of two models to open with, side by side; (): the first two; None: one
     share: bool = False
     open: bool = True
 
@@ -141,7 +142,7 @@ def serve(options: Options, ready: Callable[[str], None]) -> None:
         _ask_itself_directly()
         folder = Path(place) / "shown"
         folder.mkdir()
-        blocks = build(options.servers, options.rows, folder)
+        blocks = build(options.servers, options.rows, folder, options.compare)
         address = open_page(blocks, options, password, folder)
         if password and not options.password:
             print(f"user {USER}, password {password}", file=sys.stderr)

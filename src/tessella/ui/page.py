@@ -120,19 +120,23 @@ class Parts:
         return said
 
 
-def build(servers: tuple[Server, ...], rows: Sequence[Row], folder: Path) -> gr.Blocks:
-    """The whole page. folder holds copies and drawings of pictures for as long as the page is served."""
+def build(servers: tuple[Server, ...], rows: Sequence[Row], folder: Path, compare: tuple[str, ...] | None = None) -> gr.Blocks:
+    """The whole page. folder holds copies and drawings of pictures for as long as the page is served.
+
+    compare: as in launch.Options.
+    """
     with gr.Blocks(title="Tessella", analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
-        parts = _lay_out(folder)
-        _wire(blocks, parts, Deeds(servers, rows, folder, parts.words))
+        parts = _lay_out(folder, compare is not None)
+        _wire(blocks, parts, Deeds(servers, rows, folder, parts.words, compare or ()))
     return blocks
 
 
-def _lay_out(folder: Path) -> Parts:
+def _lay_out(folder: Path, two: bool) -> Parts:
+    """two: two models are compared from the beginning."""
     language = "en"  # until the page is loaded and says which it wants
     state = {"talk": gr.State(Talk()), "kind": gr.State(0), "offered": gr.State([])}
     with gr.Sidebar(position="left", open=False, width=300, elem_id="settings"):
-        side = _settings(language)
+        side = _settings(two)
     with gr.Row(elem_id="head"):
         head = {
             "title": gr.HTML(elem_id="title"),
@@ -186,12 +190,12 @@ def camera_html(language: str) -> str:
     )
 
 
-def _settings(language: str) -> dict[str, Any]:
+def _settings(two: bool) -> dict[str, Any]:
     return {
         "heading": gr.HTML(),
         "model": gr.Dropdown([], elem_id="model"),
-        "compare": gr.Checkbox(False, elem_id="compare"),
-        "second": gr.Dropdown([], visible=False, elem_id="second"),
+        "compare": gr.Checkbox(two, elem_id="compare"),
+        "second": gr.Dropdown([], visible=two, elem_id="second"),
         "temperature": gr.Slider(0, 2, 0, step=0.05, elem_id="temperature"),
         "top_p": gr.Slider(0.05, 1, 1, step=0.05, elem_id="top-p"),
         "max_tokens": gr.Number(512, minimum=1, precision=0, elem_id="max-tokens"),
@@ -201,7 +205,7 @@ def _settings(language: str) -> dict[str, Any]:
         "export_heading": gr.HTML(),
         "export_json": gr.Button(size="sm", elem_id="export-json"),
         "export_row": gr.Button(size="sm", elem_id="export-row"),
-        "export_row_second": gr.Button(size="sm", visible=False, elem_id="export-row-second"),
+        "export_row_second": gr.Button(size="sm", visible=two, elem_id="export-row-second"),
         "file": gr.Textbox(visible=False),
     }
 

@@ -89,6 +89,10 @@ _WORDS: dict[str, tuple[str, str]] = {
         "What answers at {url} is no OpenAI-compatible server: {message}. Check the address.",
         "{url} 上的服务不兼容 OpenAI 接口：{message}。请检查地址。",
     ),
+    "not_served": (
+        "“{name}”, which was to be compared, is not served; there are {names}. Choose two in the settings.",
+        "要比较的“{name}”不存在；可用的有 {names}。请在设置中选择两个模型。",
+    ),
     # what one can do wrong
     "no_question": (
         "There is no question yet: write one, or press one of the samples.",
