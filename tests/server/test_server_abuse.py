@@ -57,5 +57,5 @@ def test_hundreds_who_leave_in_the_middle_leave_nothing_behind(server: Live) -> 
     assert soon(lambda: server.engine.running == 0)
     assert soon(lambda: server.service.memory.held == 0)
     gc.collect()
-    assert psutil.Process().memory_info().rss - before < 200 * 2**20
+    assert soon(lambda: psutil.Process().memory_info().rss - before < 200 * 2**20)  # given back a second after the last work
     assert send(port_of(server), READY) == 200

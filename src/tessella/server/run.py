@@ -19,6 +19,7 @@ from tessella.errors import ConfigError
 from tessella.inputs import Inputs
 from tessella.server.app import create_app
 from tessella.server.connection import connection_class
+from tessella.server.memory import Tidy, give_back, settle
 from tessella.server.service import Engine, Service
 from tessella.server.settings import Settings
 
@@ -40,6 +41,7 @@ def serve(
 
     async def run() -> Stopped:
         server = Server(Service(engine, inputs, settings, load_adapter), access_log, started)
+        settle()
         await server.serve([taken])
         return server.why
 
@@ -88,6 +90,9 @@ class Server(uvicorn.Server):
         self.service = service
         self.why: Stopped = "asked"
         self._started = started
+        self._tidy = Tidy()
+        self._requests = 0  # that had come at the last tick: some end between two ticks
+        self._tidying: asyncio.Future[None] | None = None  # kept, so that it is not collected on its way
         self._told = False
         self._deadline = 0.0
 
@@ -109,7 +114,10 @@ class Server(uvicorn.Server):
             log.error("the engine has failed (%s); the server stops", state.failure)
             self.why = "engine"
             self.should_exit = True
+        at_work = len(self.server_state.tasks)
+        came, self._requests = self.server_state.total_requests - self._requests, self.server_state.total_requests
+        if self._tidy.due(came + at_work + state.running + state.waiting > 0):
+            self._tidying = asyncio.get_running_loop().run_in_executor(None, give_back)
         if self.service.draining:
-            at_work = len(self.server_state.tasks)
             self.should_exit = self.should_exit or at_work == 0 or time.monotonic() > self._deadline
         return await super().on_tick(counter)
