@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[train,serve,ui,test]'
 	@touch $@
 
-demo: $(READY) ## ask, teach, convert, compare, ask again: the whole story on this machine's CPU
+demo: $(READY) ## ask, teach, convert, compare, chat with both: the whole story on this machine's CPU
 	$(BIN)/tessella demo $(DEMO_ARGS)
 
 test: $(READY) ## every test that this machine can run

@@ -42,7 +42,8 @@ def test_the_whole_story_with_a_tiny_model(folder: Path, tmp_path: Path, capsys:
     assert changed_files(output / "model") == []
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "葡萄" in page and "<svg" in page
-    assert "report.html" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report.html" in said and "--adapter foods=" in said  # the chat's command: nobody sits before a test
     # done again, it is done anew
     assert prepare(Plan(model=str(folder), output=output), QUIET) is False
     assert [path.name for path in output.iterdir()] == [MARKER]

@@ -81,10 +81,11 @@ examples:
   tessella inspect ./InternVL2-2B                    parts, parameters, memory
   tessella inspect InternVL2-26B                     of a published model, before anything is fetched"""
 
-DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, score again, ask again.
+DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, compare, and chat with both.
 
 Foods in English and Chinese, drawn in four styles: three to learn from, one only to be tested on.
-It takes 5 to 13 minutes on 2 CPU cores, by what these multiply in bfloat16 and what else they do.
+It takes 5 to 13 minutes on 2 CPU cores, by what these multiply in bfloat16 and what else they do. In a terminal it ends
+with the web chat, where the model and what it learned answer side by side, until Ctrl-C; in a pipe it tells its command.
 
 examples:
   tessella demo
@@ -107,6 +108,7 @@ UI = """The web chat: a page that asks a server, with pictures, side by side if 
 examples:
   tessella ui                                        asks the server that tessella serve started on this machine
   tessella ui --server http://gpu-box:8000           another one; TESSELLA_API_KEY holds its key
+  tessella ui --compare tessella-nano,foods          opens with two models side by side
   tessella ui --pictures dishes/                     dishes/KIND/*.jpg in the quick bar
   tessella ui --host 0.0.0.0 --port 7860             for others in the house, behind a password that is printed
 

@@ -27,10 +27,15 @@ class Demo:
     """Seed of everything that chance decides."""
     open: bool = True
     """Open the report in a browser, where there is a screen."""
+    web_chat: bool = True
+    """End with the web chat, both models side by side; in a terminal alone, until Ctrl-C."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
+        from rich.console import Console
+
         from tessella.demo import Plan, run  # torch, PEFT
+        from tessella.demo_chat import command, is_watched, open_chat  # with the rest of what it needs
 
         plan = Plan(
             model=self.model,
@@ -45,4 +50,12 @@ class Demo:
             dtype=self.place.dtype,
             open=self.open,
         )
-        return run(plan).as_json()
+        console = Console()
+        result = run(plan, console).as_json()
+        adapter = plan.output / "training"
+        if self.web_chat and is_watched(console):
+            place = self.place
+            open_chat(self.model, adapter, device=place.device, dtype=place.dtype, browser=self.open, console=console)
+        else:
+            console.print(f"In the browser: {command(self.model, adapter)}", highlight=False, markup=False, soft_wrap=True)
+        return result
