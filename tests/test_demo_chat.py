@@ -1,4 +1,4 @@
-"""The demo ends with the web chat where a person sits before it, and with its command elsewhere; a chat that fails fails no demo."""
+"""The demo ends with the web chat where a person sits before it, elsewhere with its command; a chat that fails fails no demo."""
 
 import io
 from pathlib import Path

@@ -244,7 +244,7 @@ class Deeds:
 
 
 def named_among(names: Sequence[str], found: Sequence[Choice]) -> tuple[list[str], list[str]]:
-    """Names of models -> (the label of each that is served, the names that are not). Twice one name: of two servers, if there are."""
+    """Names of models -> (labels of those that are served, names that are not). One name twice means two servers, if it can."""
     labels: list[str] = []
     missing: list[str] = []
     for name in names:
