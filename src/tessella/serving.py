@@ -253,4 +253,9 @@ def load_adapter(engine: "Engine", loaded: "Loaded", name: str, folder: Path) ->
         raise CheckpointError(f"{folder} is no folder; give the one that finetune wrote")
     shapes = {parameter: tuple(weight.shape) for parameter, weight in loaded.model.named_parameters()}
     adapter = fit(read_adapter(there), shapes, loaded.config.language)
+    if adapter.has_dora:
+        raise CheckpointError(
+            f"{folder} is DoRA, which changes every row of a weight and cannot run beside other adapters; "
+            f"serve it by itself (tessella serve {folder}), or merge it with tessella convert"
+        )
     engine.load_adapter(name, adapter.pairs, adapter.whole)

@@ -1,8 +1,8 @@
 """Adapters in PEFT's file format: read and written without PEFT.
 
 In: a folder with adapter_config.json and adapter_model.safetensors.  Out: an Adapter (lowrank.py), and back.
-Keys: base_model.model.<module>.lora_A.weight and .lora_B.weight; fully trained modules (modules_to_save) as
-base_model.model.<parameter>. Names are ours, the official ones, or those of transformers' own InternVL.
+Keys: base_model.model.<module>.lora_A.weight and .lora_B.weight, with DoRA .lora_magnitude_vector; fully trained modules
+(modules_to_save) as base_model.model.<parameter>. Names are ours, the official ones, or those of transformers' own InternVL.
 r rank, I inputs, O outputs of a linear layer: A (r, I), B (O, r).
 Source: huggingface/peft, save_and_load.py.
 """
@@ -22,9 +22,10 @@ from tessella.checkpoint.weights import Weights, entries_of, some, write_file
 from tessella.errors import CheckpointError
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, (O,)
 # Kinds of LoRA that change the arithmetic and that we do not have: refused, never passed over.
 REFUSED = (
-    *("use_dora", "fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
+    *("fan_in_fan_out", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"),
     *("use_qalora", "alora_invocation_tokens", "arrow_config", "corda_config"),
 )
 # Modules that are named whole in modules_to_save, by a parameter that tells that all of them is there.
@@ -74,6 +75,10 @@ def read_adapter(folder: Path) -> Adapter:
     weights = Weights([folder / WEIGHTS])
     tensors = {key.removeprefix(PREFIX): weights[key] for key in weights.files}
     pairs, whole = pairs_and_whole(tensors, lambda module, a: _scale(raw, module, a, folder), folder / WEIGHTS)
+    bare = [module for module, pair in pairs.items() if (pair.magnitude is None) == bool(raw.get("use_dora"))]
+    if bare:
+        says = "use_dora, but the weights hold no" if raw.get("use_dora") else "no use_dora, but the weights hold a"
+        raise CheckpointError(f"{folder / CONFIG} says {says} lora_magnitude_vector of {some(bare)}; write the adapter again")
     if not pairs and not whole:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensors; teach the adapter again")
     return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), pairs, whole)
@@ -86,7 +91,7 @@ def pairs_and_whole(
 
     scale: gives a module's factor from its name and its A. Raises CheckpointError for what is unpaired or not known.
     """
-    sides: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
+    sides: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}, MAGNITUDE: {}}
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, side = name.removesuffix(".weight").removesuffix(".default").rpartition(".")
@@ -99,7 +104,14 @@ def pairs_and_whole(
     alone = sides["lora_A"].keys() ^ sides["lora_B"].keys()
     if alone:
         raise CheckpointError(f"{where}: lora_A and lora_B do not both stand for {some(sorted(alone))}")
-    return {module: Pair(a, sides["lora_B"][module], scale(module, a)) for module, a in sides["lora_A"].items()}, whole
+    stray = sides[MAGNITUDE].keys() - sides["lora_A"].keys()
+    if stray:
+        raise CheckpointError(f"{where}: {some(sorted(stray))} have a {MAGNITUDE} and no lora_A")
+    pairs = {
+        module: Pair(a, sides["lora_B"][module], scale(module, a), sides[MAGNITUDE].get(module))
+        for module, a in sides["lora_A"].items()
+    }
+    return pairs, whole
 
 
 def _scale(raw: Mapping[str, Any], module: str, a: Tensor, folder: Path) -> float:
@@ -132,6 +144,8 @@ class AdapterSettings:
     modules_to_save: tuple[str, ...] = ()  # modules that were trained whole, as "mlp1"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)  # modules with another rank
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # and with another alpha
+    rslora: bool = False  # scale = alpha / sqrt(rank)
+    dora: bool = False
 
 
 def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
@@ -145,6 +159,7 @@ def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
         modules_to_save=tuple(dict.fromkeys(_saved_module(name, adapter.whole) for name in adapter.whole)),
         rank_pattern={module: own for module, (own, _) in alphas.items() if own != rank},
         alpha_pattern={module: own for module, (_, own) in alphas.items() if own != alpha},
+        dora=adapter.has_dora,
     )
 
 
@@ -159,6 +174,7 @@ def state_of(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of an adapter as its file names them, without PEFT's base_model.model."""
     state = {f"{module}.lora_A.weight": pair.a for module, pair in adapter.pairs.items()}
     state |= {f"{module}.lora_B.weight": pair.b for module, pair in adapter.pairs.items()}
+    state |= {f"{module}.{MAGNITUDE}": pair.magnitude for module, pair in adapter.pairs.items() if pair.magnitude is not None}
     return state | adapter.whole
 
 
@@ -193,6 +209,8 @@ def write_adapter_files(folder: Path, state: Mapping[str, Tensor], settings: Ada
         "modules_to_save": list(settings.modules_to_save) or None,
         "rank_pattern": dict(settings.rank_pattern),
         "alpha_pattern": dict(settings.alpha_pattern),
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
         "inference_mode": True,
     }
     write_file(folder / WEIGHTS, entries_of({f"{PREFIX}{name}": tensor for name, tensor in sorted(clean.items())}))
@@ -201,4 +219,6 @@ def write_adapter_files(folder: Path, state: Mapping[str, Tensor], settings: Ada
 
 def _clean(name: str) -> str:
     name = name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")
+    if f".{MAGNITUDE}" in name:
+        return name.removesuffix(".weight").removesuffix(".default")  # as PEFT names it in a file
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")

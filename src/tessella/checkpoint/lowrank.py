@@ -5,7 +5,8 @@ Out: the same under our names, fitted to a base; merged weights; or the same und
 A fused layer's pair falls into parts without loss: the parts share its A, and B's rows are shared out. The way back is exact
 too: parts that have one A are put together again, others are stacked, which widens the rank (A of the parts one upon the
 other, B block by block). r rank, I inputs, O outputs: A (r, I), B (O, r), merged W + scale * B A.
-Source: arXiv:2106.09685.
+With DoRA each row of that sum then gets a learned length m (O,): merged m * (W + scale * B A) / |W + scale * B A|, row by row.
+Source: arXiv:2106.09685, arXiv:2402.09353.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,19 +41,28 @@ NATIVE_BEGINNINGS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """One low-rank change: scale * b @ a."""
+    """One low-rank change: scale * b @ a; with a magnitude (DoRA), the length of each row of the sum besides."""
 
     a: Tensor  # (r, I)
     b: Tensor  # (O, r)
     scale: float
+    magnitude: Tensor | None = None  # (O,)
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
     def delta(self, begin: int = 0, end: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The change of rows begin to end of the weight (O, I)."""
+        """The low-rank product's rows begin to end, (O, I)."""
         return (self.b[begin:end].to(dtype) @ self.a.to(dtype)) * self.scale
+
+    def merged_rows(self, weight: Tensor, begin: int = 0, end: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """weight: rows begin to end as the base has them -> the same rows with the change, in dtype."""
+        merged = weight.to(dtype) + self.delta(begin, end, dtype).to(weight.device)
+        if self.magnitude is None:
+            return merged
+        length = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+        return merged * (self.magnitude[begin:end].to(weight.device, dtype)[:, None] / length)
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The merged weight in the weight's own type; a large one in pieces, so that it is never twice in memory in float32."""
@@ -60,7 +70,7 @@ class Pair:
         rows = max(1, CHUNK_NUMBERS // weight.shape[1])
         for begin in range(0, weight.shape[0], rows):
             end = begin + rows
-            merged[begin:end] = weight[begin:end].float() + self.delta(begin, end).to(weight.device)
+            merged[begin:end] = self.merged_rows(weight[begin:end], begin, end)
         return merged
 
     def is_nothing(self) -> bool:
@@ -85,6 +95,11 @@ class Adapter:
         pair = self.pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         return weight if pair is None else pair.added_to(weight)
 
+    @property
+    def has_dora(self) -> bool:
+        """Whether a pair has a magnitude: such a change hangs on the base's own weights."""
+        return any(pair.magnitude is not None for pair in self.pairs.values())
+
     def changes_nothing(self) -> bool:
         """Whether every pair's product is zero and there is no whole tensor: untrained, or saved wrongly."""
         return not self.whole and all(pair.is_nothing() for pair in self.pairs.values())
@@ -106,6 +121,8 @@ def fused(parts: Sequence[Pair | None], counts: Sequence[int], group: Group, lan
     """The pair of a fused layer from those of its parts, None for a part that is not changed. counts: rows of each part."""
     there = [pair for pair in parts if pair is not None]
     first = there[0]
+    if any(pair.magnitude is not None for pair in there):
+        return _fused_dora(parts, counts, group, language)
     if len(there) == len(parts) and all(torch.equal(pair.a, first.a) and pair.scale == first.scale for pair in there):
         return Pair(first.a, fuse_rows([pair.b for pair in there], group.rows, language), first.scale)
     wide, column = [], 0
@@ -123,6 +140,18 @@ def fused(parts: Sequence[Pair | None], counts: Sequence[int], group: Group, lan
     return Pair(torch.cat(a), b, first.scale)
 
 
+def _fused_dora(parts: Sequence[Pair | None], counts: Sequence[int], group: Group, language: LanguageConfig) -> Pair:
+    """fused() of pairs with magnitudes: rows keep their own lengths, so magnitudes are laid together like rows."""
+    lengths = [pair.magnitude[:, None] for pair in parts if pair is not None and pair.magnitude is not None]
+    if len(lengths) < len(parts):
+        raise CheckpointError(
+            f"{group.stored[0]} is one layer of three or two parts, and only {len(lengths)} of {len(parts)} have DoRA's "
+            "magnitudes; teach all parts of it (q, k and v; gate and up), or convert to a model instead of an adapter"
+        )
+    plain = [None if pair is None else replace(pair, magnitude=None) for pair in parts]
+    return replace(fused(plain, counts, group, language), magnitude=fuse_rows(lengths, group.rows, language)[:, 0])
+
+
 def split(pair: Pair, names: Sequence[str], group: Group, language: LanguageConfig) -> dict[str, Pair]:
     """The pairs of the parts of a fused layer: one A for all, B's rows shared out.
 
@@ -131,6 +160,10 @@ def split(pair: Pair, names: Sequence[str], group: Group, language: LanguageConf
     if len(names) == 1:
         return {names[0]: pair}
     parts = cut_rows(pair.b, group.rows, language, len(names), f"{group.stored[0]}.lora_B")
+    if pair.magnitude is not None:
+        lengths = cut_rows(pair.magnitude[:, None], group.rows, language, len(names), f"{group.stored[0]}.lora_magnitude_vector")
+        dora = zip(names, parts, lengths, strict=True)
+        return {name: replace(pair, b=part, magnitude=length[:, 0]) for name, part, length in dora}
     return {name: _narrowed(replace(pair, b=part)) for name, part in zip(names, parts, strict=True) if bool(part.any())}
 
 
@@ -201,6 +234,11 @@ def _require_rows(parts: Sequence[Pair | None], counts: Sequence[int], names: Se
 
 
 def _check(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, pair in adapter.pairs.items():
+        if pair.magnitude is not None and pair.magnitude.shape != pair.b.shape[:1]:
+            raise CheckpointError(
+                f"{name}: DoRA's magnitudes are {tuple(pair.magnitude.shape)}, lora_B has {pair.b.shape[0]} rows"
+            )
     wanted: dict[str, tuple[int, ...]] = {
         f"{name}.weight": (pair.b.shape[0], pair.a.shape[1]) for name, pair in adapter.pairs.items()
     }
@@ -224,6 +262,11 @@ def combined(first: Adapter, second: Adapter) -> Adapter:
     whole = dict(first.whole)
     for name, pair in second.pairs.items():
         parameter = f"{name}.weight"
+        if name in pairs and (pair.magnitude is not None or pairs[name].magnitude is not None):
+            raise CheckpointError(
+                f"{second.folder} lies on {first.folder}, both change {name}, and one of them is DoRA, so that no one adapter "
+                f"says the same; convert {first.folder} to a model first, then give that as --base"
+            )
         if parameter in whole:
             whole[parameter] = pair.added_to(whole[parameter].float())
         else:
@@ -271,16 +314,23 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 class OnTheFly(nn.Module):
-    """A linear layer with its pair beside it, unmerged: y = W x + scale * B (A x). The oracle of a merge."""
+    """A linear layer with its pair beside it, unmerged: y = W x + scale * B (A x), DoRA's rows scaled. The oracle of a merge."""
 
     def __init__(self, base: nn.Linear, pair: Pair):
         super().__init__()
         self.base, self.scale = base, pair.scale
         self.a, self.b = (x.to(base.weight.device, torch.float32) for x in (pair.a, pair.b))
+        self.factor: Tensor | None = None  # (O,): magnitude by the length of the row
+        if pair.magnitude is not None:
+            sums = base.weight.detach().float() + pair.delta().to(base.weight.device)
+            self.factor = pair.magnitude.to(sums) / torch.linalg.vector_norm(sums, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         low = nn.functional.linear(nn.functional.linear(x.float(), self.a), self.b)
-        return (self.base(x).float() + self.scale * low).to(x.dtype)
+        if self.factor is None:
+            return (self.base(x).float() + self.scale * low).to(x.dtype)
+        out = (nn.functional.linear(x, self.base.weight).float() + self.scale * low) * self.factor
+        return (out if self.base.bias is None else out + self.base.bias.float()).to(x.dtype)
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:

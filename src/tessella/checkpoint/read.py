@@ -79,7 +79,11 @@ def load(
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         layout = native_layout(model.config)
         fitted = [fit(read_adapter(one), shapes, model.config.language, layout) for one in adapters]
-        merge_adapter(model, reduce(combined, fitted))
+        if any(one.has_dora for one in fitted):  # a magnitude is of the weights as the adapters below left them
+            for one in fitted:
+                merge_adapter(model, one)
+        else:
+            merge_adapter(model, reduce(combined, fitted))
     tokenizer = Tokenizer.load(folder)
     inputs = Inputs(model.config, tokenizer, max_tiles=max_tiles, system=system)
     return Loaded(model, tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)

@@ -136,7 +136,12 @@ class Source:
             if whole is not None:
                 yield begin, end, whole[begin:end].double() - weight[begin:end].double()
             else:
-                yield begin, end, self.adapter.pairs[name.removesuffix(".weight")].delta(begin, end, torch.float64)
+                pair, base = self.adapter.pairs[name.removesuffix(".weight")], weight[begin:end]
+                plain = pair.magnitude is None  # then the sum need not be made to know the change
+                change = (
+                    pair.delta(begin, end, torch.float64) if plain else pair.merged_rows(base, begin, end, torch.float64) - base
+                )
+                yield begin, end, change
 
     def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
         """Every parameter, made when its turn to be written has come; dtype None keeps each one's own."""

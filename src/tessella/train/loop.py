@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tessella.checkpoint.adapters import learned_in
-from tessella.checkpoint.read import Loaded, load
+from tessella.checkpoint.read import Loaded
 from tessella.errors import DataError, TrainingError
 from tessella.inputs import Inputs
 from tessella.train.batch import StepData, Steps
+from tessella.train.begin import load_to_teach
 from tessella.train.dataset import Ledger, Sample, read_recipe_data
 from tessella.train.limits import Stop, memory_told
 from tessella.train.log import Event, Log
@@ -69,7 +70,7 @@ def train(
     started = time.monotonic()
     check_output(recipe)
     torch.manual_seed(recipe.seed)  # initial LoRA, and dropout
-    loaded = load(recipe.model, device=recipe.device, dtype=recipe.dtype, max_tiles=recipe.max_tiles, system=recipe.system)
+    loaded, start = load_to_teach(recipe)
     loaded.inputs = Inputs(
         loaded.config, loaded.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system,
         limit_megapixels=recipe.limit_megapixels,
@@ -80,7 +81,7 @@ def train(
         samples, held_out, ledger = data.train, data.held_out if held_out is None else held_out, data.ledger
     if not samples:
         raise DataError("there is no sample to train on; give at least one")
-    taught = prepare(loaded.model, recipe)
+    taught = prepare(loaded.model, recipe, start)
     with memory_told(recipe, loaded.model, taught):
         return Run(recipe, loaded, taught, samples, held_out or (), ledger, started, on_event).run()
 

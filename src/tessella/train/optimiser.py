@@ -6,12 +6,16 @@ taken in float32, and the result is rounded into the parameter once a step (auto
 """
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
+
+LAYER = re.compile(r"(language_model|vision_model)\..*?layers\.(\d+)\.")
 
 
 def learning_rate_factor(step: int, total: int, warmup_share: float) -> float:
@@ -23,8 +27,35 @@ def learning_rate_factor(step: int, total: int, warmup_share: float) -> float:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Matrices decay; norms, biases, layer scales and position tables do not."""
+    """Matrices decay; norms, biases, layer scales, DoRA's magnitudes and position tables do not."""
     return parameter.dim() >= 2 and name.endswith("weight")
+
+
+def peak_of(part: str, recipe: Recipe) -> float:
+    """The peak learning rate of "language", "tower" or "projector"."""
+    own = {"tower": recipe.tower_learning_rate, "projector": recipe.projector_learning_rate}
+    return own.get(part) or recipe.learning_rate
+
+
+def depths_of(names: Iterable[str]) -> dict[str, int]:
+    """The number of the last taught layer of each stack: {"language_model": 23, "vision_model": 23}."""
+    depths: dict[str, int] = {}
+    for name in names:
+        found = LAYER.match(name)
+        if found:
+            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]))
+    return depths
+
+
+def layers_above(name: str, depths: Mapping[str, int]) -> int:
+    """How many layers lie between a parameter and the top of its stack: 0 in the last layer and for norm, head and projector;
+    the embeddings lie below the first.
+    """
+    found = LAYER.match(name)
+    if found:
+        return depths[found[1]] - int(found[2])
+    stack = name.split(".")[0]
+    return depths.get(stack, -1) + 1 if ".embed" in name else 0
 
 
 class Optimiser:
@@ -40,18 +71,15 @@ class Optimiser:
             own = parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             self.masters[name] = own
         self.rounded = [name for name in self.parameters if self.masters[name] is not self.parameters[name]]
-        peaks = {
-            "language": recipe.learning_rate,
-            "tower": recipe.tower_learning_rate or recipe.learning_rate,
-            "projector": recipe.projector_learning_rate or recipe.learning_rate,
-        }
-        groups: dict[tuple[str, bool], list[Tensor]] = {}
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        depths = depths_of(self.parameters)
         for name, master in self.masters.items():
-            groups.setdefault((taught.part_of(name), decays(name, master)), []).append(master)
-        self.peaks = [peaks[part] for part, _ in groups]
+            rate = peak_of(taught.part_of(name), recipe) * recipe.layer_decay ** layers_above(name, depths)
+            groups.setdefault((rate, decays(name, master)), []).append(master)
+        self.peaks = [rate for rate, _ in groups]
         listed = [
-            {"params": some, "lr": peaks[part], "weight_decay": recipe.weight_decay if decayed else 0.0}
-            for (part, decayed), some in groups.items()
+            {"params": some, "lr": rate, "weight_decay": recipe.weight_decay if decayed else 0.0}
+            for (rate, decayed), some in groups.items()
         ]
         self.adamw = torch.optim.AdamW(listed, betas=recipe.betas, fused=True)
 

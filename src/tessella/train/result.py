@@ -14,7 +14,8 @@ from tessella.checkpoint.names import native_layout
 from tessella.checkpoint.read import Loaded
 from tessella.checkpoint.weights import entries_of
 from tessella.checkpoint.write import write_model
-from tessella.train.lora import Taught, file_name
+from tessella.train.begin import base_of
+from tessella.train.lora import Taught, file_name, scale_of
 from tessella.train.optimiser import Optimiser
 from tessella.train.recipe import Recipe
 
@@ -23,13 +24,16 @@ def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optim
     """Write what was learned and give its folder. Raises CheckpointError when it cannot be written."""
     values = optimiser.values()
     if recipe.language == "full":
-        entries = entries_of(whole_model(loaded, values, recipe.lora_alpha / recipe.lora_rank))
+        entries = entries_of(whole_model(loaded, values, scale_of(recipe)))
         config, folder = loaded.config, recipe.output / "model"
         layout = "official" if config.family == "internvl" else native_layout(config)
         return write_model(
             entries, folder, config, layout=layout, end_ids=loaded.stop_ids, base_folder=loaded.folder, force=True
         )  # fmt: skip
-    settings = AdapterSettings(base_name(recipe.model), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole)
+    settings = AdapterSettings(
+        base_name(base_of(recipe)), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole,
+        rslora=recipe.rslora, dora=recipe.dora,
+    )  # fmt: skip
     return save_adapter(recipe.output / "adapter", values, settings, force=True)
 
 

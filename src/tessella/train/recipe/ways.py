@@ -8,6 +8,7 @@ from tessella.train.recipe.values import Bounds
 
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER_TARGETS = ("qkv", "proj", "fc1", "fc2")
+Recomputable = Literal["language", "tower", "language.mlp", "language.attention", "tower.mlp", "tower.attention"]
 HEADS = ("lm_head", "output", "embed_tokens", "tok_embeddings")  # no LoRA: a tied head would drag the embeddings along
 
 
@@ -19,12 +20,16 @@ class WaysFields:
     """How the language model is taught."""
     tower: Literal["frozen", "lora", "full"] = "frozen"
     """How the vision tower is taught."""
-    projector: Literal["train", "frozen"] = "train"
-    """Whether the projector between tower and language model is taught."""
+    projector: Literal["train", "lora", "frozen"] = "train"
+    """How the projector between tower and language model is taught; "train": whole."""
     lora_rank: int = 16
     """Rank of the LoRA matrices."""
     lora_alpha: float = 32.0
-    """LoRA scale = alpha / rank."""
+    """LoRA scale = alpha / rank; with rslora, alpha / square root of rank."""
+    rslora: bool = False
+    """Rank-stabilised LoRA: a scale that lets large ranks learn as fast as small ones (arXiv:2312.03732)."""
+    dora: bool = False
+    """DoRA: each row of a changed weight also learns its length (arXiv:2402.09353). Slower; serve runs it merged only."""
     lora_dropout: float = 0.05
     """Dropout before the LoRA matrices."""
     lora_targets: tuple[str, ...] = LANGUAGE_TARGETS
@@ -34,6 +39,9 @@ class WaysFields:
     layers below say of a sample is computed once and kept: with half of the layers a step costs half."""
     tower_lora_targets: tuple[str, ...] = TOWER_TARGETS
     """Linear layers of the tower that get LoRA when tower is "lora"."""
+    further: Literal["on_top", "same"] = "on_top"
+    """When model is an adapter: "on_top" merges it in memory and teaches a new one that has it as its base; "same" goes on with
+    that adapter itself, and what is written replaces it on its own base."""
 
     learning_rate: float = 2e-4
     """Peak learning rate."""
@@ -41,6 +49,8 @@ class WaysFields:
     """Peak learning rate of the tower; default: learning_rate."""
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; default: learning_rate."""
+    layer_decay: float = 1.0
+    """Each layer's rate is this share of the rate of the layer above it, in language model and tower each; 1: all alike."""
     weight_decay: float = 0.01
     """AdamW weight decay, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -59,6 +69,9 @@ class WaysFields:
     """Most tokens of one forward and backward pass; a step takes as many passes as its samples need."""
     augment: Literal["none", "light", "photo"] = "none"
     """Changes of the pictures while training: "light" crop, small turn and colour; "photo" the same and mirror."""
+    recompute: tuple[Recomputable, ...] = ()
+    """Gradient checkpointing by module: "language", "tower" (whole layers), "language.mlp", "language.attention", "tower.mlp",
+    "tower.attention". What is named is computed again in the backward pass instead of kept: less memory, more time."""
     cache_features: bool = True
     """Compute what frozen parts say of a sample once and keep it; off when the tower is taught or pictures are augmented."""
     seed: int = 0
@@ -71,6 +84,16 @@ class WaysFields:
         heads = [name for name in (*self.lora_targets, *self.tower_lora_targets) if name.split(".")[-1] in HEADS]
         if heads:
             raise ConfigError(f"lora_targets names {', '.join(heads)}: head and embeddings take no LoRA; leave them out")
+        if self.language == "full" and self.projector == "lora":
+            raise ConfigError('language is "full", so a whole model is written; teach the projector whole or not at all')
+        if self.dora and self.language == "full" and self.tower == "lora":
+            raise ConfigError("DoRA on the tower beside a language model that is taught whole is not merged; leave dora out")
+        for name in self.recompute:
+            part = name.split(".")[0]
+            if part == "tower" and self.tower == "frozen":
+                raise ConfigError(f'recompute names "{name}", but the tower is frozen and keeps nothing for a backward pass')
+            if name != part and part in self.recompute:
+                raise ConfigError(f'recompute names "{part}" and "{name}", which lies in it; name one')
         if (self.language == "lora" and not self.lora_targets) or (self.tower == "lora" and not self.tower_lora_targets):
             raise ConfigError('LoRA is asked for, but its targets are empty; name some, or choose "frozen"')
         if (self.language, self.tower, self.projector) == ("frozen", "frozen", "frozen"):
@@ -87,6 +110,7 @@ WAYS_RANGES = {
     "lora_layers": Bounds(1),
     "lora_alpha": Bounds(0, above=True),
     "lora_dropout": Bounds(0, 0.99),
+    "layer_decay": Bounds(0, 1, above=True),
     "learning_rate": Bounds(0, 1, above=True),
     "tower_learning_rate": Bounds(0, 1, above=True),
     "projector_learning_rate": Bounds(0, 1, above=True),
@@ -101,4 +125,4 @@ WAYS_RANGES = {
 }
 # The loss is one mean over the answer tokens of a whole step, so tokens_per_pass changes no gradient beyond rounding and may be
 # lowered after an out-of-memory error.
-WAYS_FREE_ON_RESUME = ("tokens_per_pass", "cache_features")
+WAYS_FREE_ON_RESUME = ("tokens_per_pass", "cache_features", "recompute")
