@@ -1,6 +1,6 @@
 """A picture becomes tiles: opened safely, brought to RGB, laid on the grid that fits it best, cut; the one home of the tile rule.
 
-In: a path, bytes, a data: URI or a PIL picture, and a TileRule.  Out: Tiles.
+In: a path, bytes, a data: URI, a PIL picture or a Held one, and a TileRule.  Out: Tiles.
 pixels (N, 3, S, S) uint8, row by row, the thumbnail last.  N tiles, S side of a tile in pixels.
 Source of rule and numbers: dynamic_preprocess and build_transform of OpenGVLab/InternVL at 2410d1d, internvl/train/dataset.py.
 LLaVA's rules beside it: "pad" lays the picture on a square, "anyres" on the roomiest of some grids (geometry.py).
@@ -14,6 +14,7 @@ import re
 import struct
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,22 @@ LIMIT_MEGAPIXELS = 100.0
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 READABLE = "PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000"
 
-Source = str | Path | bytes | Image.Image
+
+class Held(ABC):
+    """A picture that lies in something else: a member of an archive, a cell of a table, a frame of a video."""
+
+    size: Size | None = None  # of the upright picture, where it is known without opening
+
+    @abstractmethod
+    def open(self) -> IO[bytes] | Image.Image:
+        """The encoded picture, or an RGB picture. Raises ImageError when what holds it cannot be read."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Where it lies, for messages."""
+
+
+Source = str | Path | bytes | Image.Image | Held
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -238,6 +254,8 @@ def open_image(source: Source, *, limit_megapixels: float = LIMIT_MEGAPIXELS) ->
 
 def read_size(source: Source, *, limit_megapixels: float = LIMIT_MEGAPIXELS) -> Size:
     """The upright size, from the header alone. Raises ImageError as open_image does, but sees no damage behind the header."""
+    if isinstance(source, Held) and source.size is not None:
+        return source.size
     name = name_of(source)
     with _opened(source, name) as image:
         _check_size(image, name, limit_megapixels)
@@ -261,7 +279,10 @@ def _opened(source: Source, name: str) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
         yield source
         return
-    stream = _stream(source, name)
+    stream = source.open() if isinstance(source, Held) else _stream(source, name)
+    if isinstance(stream, Image.Image):
+        yield stream
+        return
     with stream:
         image = _parse_header(stream, name)
         with image:

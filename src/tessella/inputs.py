@@ -8,10 +8,8 @@ grid, a picture has the slots of its whole view and of its window. Nothing is ev
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tessella.chat import Message, Piece, count_marks, render, template_named
@@ -21,6 +19,7 @@ from tessella.geometry import Grid, Size, Window
 from tessella.image import (
     LIMIT_MEGAPIXELS,
     MOST_TILES,
+    Source,
     TileRule,
     Tiles,
     count_tiles,
@@ -36,7 +35,7 @@ from tessella.tokenizer import Tokenizer
 class Picture:
     """A picture to show; max_tiles overrides the limit for this one, thumbnail not counted."""
 
-    source: str | Path | bytes | Image.Image
+    source: Source
     max_tiles: int | None = None
 
 

@@ -29,8 +29,9 @@ from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
 from tessella.tokenizer import Tokenizer
 from tessella.train.classes import SUFFIXES
-from tessella.train.dataset import ARCHIVES
+from tessella.train.reading import ARCHIVES
 from tessella.train.survey import render_survey, runs_of, survey
+from tessella.train.tables import is_hub
 
 QUESTION = "What is in this picture?"
 GAP_PX = 8
@@ -51,6 +52,8 @@ class Look:
 
 def inspect(thing: str, look: Look, device: str, dtype: str) -> dict[str, Any]:
     """Look at a picture, a dataset or a model, whichever it is; gives what --json writes. Raises DataError for anything else."""
+    if is_hub(thing):
+        return inspect_dataset(Path(thing), look, Console())
     path = learned_in(Path(thing).expanduser())
     if not path.exists() and path.suffix.lower() in (*ROWS, *ARCHIVES, *SUFFIXES):
         raise DataError(f"{path}: no such file; check the path")

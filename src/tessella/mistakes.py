@@ -34,6 +34,8 @@ OPTIONAL |= dict.fromkeys(
     ("fastapi", "uvicorn", "prometheus_client", "llguidance"), "serving needs the serve extra: pip install 'tessella[serve]'"
 )
 OPTIONAL |= dict.fromkeys(("gradio", "markdown_it"), "the web chat needs the ui extra: pip install 'tessella[ui]'")
+OPTIONAL |= dict.fromkeys(("av", "pyarrow"), "videos and parquet need the data extra: pip install 'tessella[data]'")
+OPTIONAL["datasets"] = "hf:NAME needs it: pip install datasets"
 OPTIONAL["httpx2"] = "serving and the web chat need their extras: pip install 'tessella[serve,ui]'"
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from tessella.chat import Message, place_marks
 from tessella.errors import DataError, PromptError
 from tessella.evaluate.metrics import METRICS, Metric, choice_letter
+from tessella.image import Held
 from tessella.inputs import Picture
 
 ITEM_KEYS = frozenset(("key", "question", "messages", "image", "images", "answer", "answers", "label", "kind"))
@@ -89,7 +90,7 @@ def _picture_words(picture: Picture) -> str:
     source = picture.source
     if isinstance(source, bytes):
         name = hashlib.sha256(source).hexdigest()
-    elif isinstance(source, str | Path):
+    elif isinstance(source, str | Path | Held):
         name = str(source)
     else:
         name = hashlib.sha256(source.tobytes()).hexdigest()

@@ -4,12 +4,18 @@ In: an RGB picture, and who looks (seed, epoch, sample).  Out: an RGB picture; f
 """
 
 import hashlib
-from dataclasses import dataclass
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from tessella.chat import Message
+
 MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+SIDES = re.compile(r"<box>|左|右|\b(?:left|right|clockwise|anticlockwise|counterclockwise|mirrored)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -24,34 +30,61 @@ class Augmentation:
     contrast: float = 0.25
     saturation: float = 0.3
     hue: float = 0.015  # share of the colour circle; at 0.05 a yellow apple became the green kind
+    jpeg_quality: tuple[int, int] | None = None  # compressed and opened again, with a quality of this range
+    recolours: bool = True  # false: neither turned, cropped nor recoloured
 
 
 AUGMENTATIONS = {
     "none": None,
+    # InternVL's data_augment: build_transform of OpenGVLab/InternVL at 2410d1d compresses with a quality of 75 to 100.
+    "jpeg": Augmentation(jpeg_quality=(75, 100), recolours=False),
     "light": Augmentation(least_area=0.5),
     "photo": Augmentation(least_area=0.5, mirror=True, turn_deg=12.0, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.02),
 }
 
 
-def augment(picture: Image.Image, name: str, *, seed: int, epoch: int, sample: str) -> Image.Image:
+def augment(
+    picture: Image.Image, name: str, *, seed: int, epoch: int, sample: str, mirror: bool = True, jpeg: bool = False
+) -> Image.Image:
     """Change an RGB picture as AUGMENTATIONS[name] says; the same (seed, epoch, sample) gives the same pixels.
 
+    mirror: false where a mirrored picture would contradict the text, whatever the name says. jpeg: compress it too.
     The size stays, so that grid, slots and length of the sample stay what they were measured to be.
     """
     settings = AUGMENTATIONS[name]
     if settings is None:
-        return picture
+        if not jpeg:
+            return picture
+        settings = AUGMENTATIONS["jpeg"]
+        assert settings is not None
+    elif jpeg or not mirror:
+        settings = replace(settings, mirror=settings.mirror and mirror, jpeg_quality=(75, 100) if jpeg else settings.jpeg_quality)
     digest = hashlib.sha256(f"{seed}/{epoch}/{sample}".encode()).digest()
     chance = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     return apply(picture, settings, chance)
 
 
 def apply(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:
-    """One look: turned, cropped, mirrored or not, recoloured."""
-    picture = _crop(_turn(picture, settings, chance), settings, chance)
-    if settings.mirror and chance.random() < 0.5:
-        picture = picture.transpose(MIRROR)
-    return _colour(picture, settings, chance)
+    """One look: turned, cropped, mirrored or not, recoloured, compressed."""
+    if settings.recolours:
+        picture = _crop(_turn(picture, settings, chance), settings, chance)
+        if settings.mirror and chance.random() < 0.5:
+            picture = picture.transpose(MIRROR)
+        picture = _colour(picture, settings, chance)
+    return picture if settings.jpeg_quality is None else _compress(picture, settings.jpeg_quality, chance)
+
+
+def _compress(picture: Image.Image, quality: tuple[int, int], chance: np.random.Generator) -> Image.Image:
+    """Through JPEG and back."""
+    low, high = quality
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=int(chance.integers(low, high + 1)))
+    return Image.open(stream).convert("RGB")
+
+
+def may_mirror(messages: Sequence[Message]) -> bool:
+    """False where a text speaks of left and right, or holds a box: a mirrored picture would contradict it."""
+    return not any(SIDES.search(message.text) for message in messages if message.role != "system")
 
 
 def _turn(picture: Image.Image, settings: Augmentation, chance: np.random.Generator) -> Image.Image:

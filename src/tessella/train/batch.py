@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tessella.errors import ImageError, PromptError
+from tessella.errors import DataError, ImageError, PromptError
 from tessella.geometry import Window
 from tessella.image import open_image
 from tessella.inputs import Inputs, ModelInput, Picture
-from tessella.train.augment import augment
+from tessella.train.augment import augment, may_mirror
 from tessella.train.dataset import Sample
+from tessella.train.streamed import Streamed
 
 KEPT_BYTES = 1 << 30  # of built rows, kept for later epochs when pictures are not augmented
 
@@ -154,7 +155,7 @@ class Steps(Dataset[StepData]):
         self.seed, self.augmentation = seed, augmentation
         self.kept: dict[int, ModelInput] = {}
         self.kept_bytes = 0
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, Sequence[int]] = (-1, [])
 
     def __len__(self) -> int:
         return -(-self.looks // self.samples_per_step)
@@ -163,36 +164,45 @@ class Steps(Dataset[StepData]):
         rows, places, skipped = [], [], []
         first = step * self.samples_per_step
         for look in range(first, min(first + self.samples_per_step, self.looks)):
-            epoch, place = divmod(look, len(self.samples))
-            index = self._in_order(epoch)[place]
-            sample = self.samples[index]
+            epoch, turn = divmod(look, len(self.samples))
+            index = self._in_order(epoch)[turn]
+            place = self.samples.place(index) if isinstance(self.samples, Streamed) else self.samples[index].place
             try:
                 rows.append(self._row(index, epoch))
-                places.append(sample.place)
-            except (ImageError, PromptError) as error:  # not swallowed: it goes into the ledger, which stops the run
-                skipped.append((sample.place, f"while training: {error}"))
+                places.append(place)
+            except (ImageError, PromptError, DataError) as error:  # not swallowed: it goes into the ledger, which stops the run
+                skipped.append((place, f"while training: {error}"))
         return StepData(pack_all(rows, self.tokens_per_pass), tuple(places), tuple(skipped))
 
-    def _in_order(self, epoch: int) -> list[int]:
+    def _in_order(self, epoch: int) -> Sequence[int]:
         if self._order[0] != epoch:
-            self._order = (epoch, order_of(len(self.samples), self.seed, epoch))
+            self._order = (epoch, self._order_of(epoch))
         return self._order[1]
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
+        if isinstance(self.samples, Streamed):
+            return self.samples.order(self.seed, epoch)
+        return order_of(len(self.samples), self.seed, epoch)
 
     def _row(self, index: int, epoch: int) -> ModelInput:
         if index in self.kept:
             return self.kept[index]
         sample = self.samples[index]
         pictures = sample.pictures
-        if self.augmentation != "none":
-            pictures = tuple(self._look(picture, sample.key, epoch, n) for n, picture in enumerate(pictures))
+        changes = self.augmentation != "none" or sample.jpeg
+        if changes:
+            pictures = tuple(self._look(picture, sample, epoch, n) for n, picture in enumerate(pictures))
         row = self.inputs.build(sample.messages, pictures, open_turn=False)
         size = row.tiles.numel() + 16 * len(row)
-        if self.augmentation == "none" and self.kept_bytes + size <= KEPT_BYTES:
+        if not changes and self.kept_bytes + size <= KEPT_BYTES:
             self.kept[index] = row
             self.kept_bytes += size
         return row
 
-    def _look(self, picture: Picture, key: str, epoch: int, number: int) -> Picture:
+    def _look(self, picture: Picture, sample: Sample, epoch: int, number: int) -> Picture:
         opened = open_image(picture.source, limit_megapixels=self.inputs.limit_megapixels)
-        changed = augment(opened, self.augmentation, seed=self.seed, epoch=epoch, sample=f"{key}/{number}")
+        changed = augment(
+            opened, self.augmentation, seed=self.seed, epoch=epoch, sample=f"{sample.key}/{number}",
+            mirror=may_mirror(sample.messages), jpeg=sample.jpeg,
+        )  # fmt: skip
         return replace(picture, source=changed)

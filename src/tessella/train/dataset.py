@@ -1,15 +1,11 @@
 """A dataset becomes samples, each accounted for: used, or skipped with its reason.
 
-In: a JSON or JSONL file, or a folder of folders.  Out: Samples (messages and pictures, not yet decoded) and a Ledger.
+In: a dataset of any format (reading.py).  Out: Samples (messages and pictures, not yet decoded) and a Ledger.
 """
 
-import hashlib
-import math
-import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,39 +14,16 @@ from tessella.errors import DataError, PromptError
 from tessella.geometry import Size
 from tessella.image import LIMIT_MEGAPIXELS
 from tessella.inputs import Inputs, Picture
-from tessella.train.classes import Asking, read_folder
-from tessella.train.foodieqa import drafts_of_sivqa, is_sivqa
+from tessella.train.classes import Asking
+from tessella.train.grounding import check_boxes, from_pixels
 from tessella.train.pictures import examine_pictures
-from tessella.train.readers import Draft, Found, draft_row, read_rows
+from tessella.train.readers import Draft, Found
+from tessella.train.reading import Reading, find
 from tessella.train.recipe import Recipe
+from tessella.train.sample import Sample as Sample  # whoever reads a dataset finds its samples' class here
+from tessella.train.split import held_out_groups, is_held_out, repeat, times_of
 
 Split = Literal["train", "held_out", "all"]
-FORMATS = ("auto", "llava", "openai", "folder", "foodieqa")
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-ARCHIVES = (".tar", ".gz", ".tgz", ".zip", ".7z", ".parquet", ".arrow")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation to learn from."""
-
-    place: str  # "file.jsonl:12", or the picture's path in a folder of folders
-    messages: tuple[Message, ...]
-    pictures: tuple[Picture, ...]
-    key: str  # stable: a hash of what the sample says and shows
-    sizes: tuple[Size, ...] = ()  # of the pictures, from their headers
-    label: str = ""  # class or dish, where the format has one
-    tokens: int = 0  # prompt, pictures and answers; 0 when not measured
-
-    @property
-    def question(self) -> str:
-        """What the user asks first."""
-        return next(message.text for message in self.messages if message.role == "user")
-
-    @property
-    def answer(self) -> str:
-        """What the assistant says last."""
-        return self.messages[-1].text
 
 
 @dataclass
@@ -108,8 +81,8 @@ class Ledger:
 class RecipeData:
     """What a recipe's data fields mean: samples to learn from (repeated as asked) and samples held out, each in a fixed order."""
 
-    train: list[Sample]
-    held_out: list[Sample]
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
     ledger: Ledger
 
 
@@ -129,20 +102,23 @@ def read_dataset(
     inputs: Inputs | None = None,
     decode: bool = False,
     limit_megapixels: float = LIMIT_MEGAPIXELS,
+    reading: Reading | None = None,
 ) -> tuple[list[Sample], Ledger]:
     """Read one split of a dataset, in the order of the file.
 
     held_out: a share below 1, or a count of samples; a folder's own val/ comes before it. inputs: measure every sample, and
-    refuse what is longer than the context. decode: decode every picture, where otherwise headers and file ends must do.
+    refuse what is longer than the context. decode: decode every picture, where otherwise headers and file ends must do. reading:
+    in place of the single words on how rows are read.
     Raises DataError: missing, empty, a broken JSON array (line and column), more than max_bad_share bad, nothing held out.
     """
     if split not in ("train", "held_out", "all"):
         raise DataError(f'split is "{split}", must be train, held_out or all')
-    asking = Asking(question_language, questions, answer, seed)
-    found = _find(Path(path), format, image_root, asking, choices)
-    held = _held_out_groups(found.drafts, held_out, seed)
-    samples = _examine(found, inputs, decode, limit_megapixels)
-    picked = [sample for draft, sample in samples if split == "all" or (split == "held_out") == _is_held_out(draft, held)]
+    if reading is None:
+        reading = Reading(format, image_root, Asking(question_language, questions, answer, seed), choices)
+    found = find(Path(path), reading)
+    held = held_out_groups(found.drafts, held_out, seed)
+    samples = _examine(found, inputs, decode, limit_megapixels, reading.boxes)
+    picked = [sample for draft, sample in samples if split == "all" or (split == "held_out") == is_held_out(draft, held)]
     ledger = Ledger(len(picked), found.skipped, found.notes, other_split=len(samples) - len(picked))
     ledger.check(str(path), max_bad_share)
     if not picked:
@@ -156,12 +132,12 @@ def read_recipe_data(recipe: Recipe, inputs: Inputs | None = None) -> RecipeData
     """All datasets of a recipe. Raises DataError as read_dataset does, and when the recipe names no data."""
     if not recipe.data:
         raise DataError("the recipe names no data; give --data PATH: JSON, JSONL, or a folder whose folders are classes")
-    train: list[Sample] = []
+    parts: list[list[Sample]] = []
     held_out: list[Sample] = []
     ledger = Ledger()
-    for index, path in enumerate(recipe.data):
+    for path in recipe.data:
         good, here = _read_for(recipe, path, 0.0 if recipe.held_out_data else recipe.held_out, inputs)
-        train += repeat(good["train"], recipe.repeat[index] if recipe.repeat else 1.0, recipe.seed)
+        parts.append(good["train"])
         if not recipe.held_out_data:
             held_out += good["held_out"]
         elif good["held_out"]:
@@ -175,161 +151,73 @@ def read_recipe_data(recipe: Recipe, inputs: Inputs | None = None) -> RecipeData
         held_out += good["held_out"] or good["train"]
         here.used = len(good["held_out"] or good["train"])
         ledger.add(here)
-    if not train:
+    if not any(parts):
         raise DataError(f"nothing to train on: all {len(held_out):,} samples are held out; lower held_out ({recipe.held_out:g})")
+    train = _mixed(recipe, parts)
     ledger.notes += _leaks(train, held_out)
     return RecipeData(train, held_out, ledger)
 
 
+def _mixed(recipe: Recipe, parts: Sequence[Sequence[Sample]]) -> list[Sample]:
+    """All datasets, each as often as repeat or weights say."""
+    times = list(recipe.repeat) or [1.0] * len(parts)
+    if recipe.weights:
+        times = times_of(recipe.weights, [sum(sample.repeat for sample in part) for part in parts])
+    return [sample for part, often in zip(parts, times, strict=True) for sample in repeat(part, often, recipe.seed)]
+
+
 def _read_for(recipe: Recipe, path: Path, held_out: float, inputs: Inputs | None) -> tuple[dict[str, list[Sample]], Ledger]:
     """Both splits of one dataset of a recipe."""
-    asking = Asking(recipe.question_language, recipe.questions, recipe.answer, recipe.seed)
-    found = _find(path, recipe.format, recipe.image_root, asking, recipe.choices)
-    held = _held_out_groups(found.drafts, held_out, recipe.seed)
+    found = find(path, Reading.of(recipe))
+    held = held_out_groups(found.drafts, held_out, recipe.seed)
     good: dict[str, list[Sample]] = {"train": [], "held_out": []}
-    for draft, sample in _examine(found, inputs, False, recipe.limit_megapixels):
-        good["held_out" if _is_held_out(draft, held) else "train"].append(sample)
+    for draft, sample in _examine(found, inputs, False, recipe.limit_megapixels, recipe.boxes):
+        good["held_out" if is_held_out(draft, held) else "train"].append(sample)
     ledger = Ledger(len(good["train"]) + len(good["held_out"]), found.skipped, found.notes)
     ledger.check(str(path), recipe.max_bad_share)
     return good, ledger
 
 
-# ---- reading
+# ---- looking at each sample
 
 
-def _find(path: Path, format: str, image_root: Path | None, asking: Asking, choices: str) -> Found:
-    """Drafts of a file or folder, whatever its format."""
-    if format not in FORMATS:
-        raise DataError(f'format is "{format}", must be one of {", ".join(FORMATS)}')
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file or folder; check the path")
-    if path.suffix.lower() in ARCHIVES and path.is_file():
-        raise DataError(f"{path} is packed; unpack it and give the folder, or the JSON file in it")
-    if path.is_dir():
-        if format not in ("auto", "folder"):
-            raise DataError(f'{path} is a folder, but format is "{format}"; give the file in it, or format "folder"')
-        return read_folder(path, asking)
-    if format == "folder":
-        raise DataError(f'{path} is a file, but format is "folder"; give a folder of folders, or format "auto"')
-    found = Found()
-    root = path.parent if image_root is None else Path(image_root)
-    for place, row in read_rows(path):
-        try:
-            found.drafts += _sound(_drafts_of(place, row, format, root, asking.language, choices))
-        except (DataError, PromptError) as error:  # not swallowed: it goes into the ledger, which stops the run when it fills up
-            found.skipped.append((place, str(error)))
-    return found
-
-
-def _drafts_of(place: str, row: object, format: str, root: Path, language: str, choices: str) -> list[Draft]:
-    """One row of a file -> drafts. Raises DataError with the reason, also one that reading the line met."""
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise DataError(f"no row: it is a {type(row).__name__}, must be an object")
-    if format == "foodieqa" or (format == "auto" and is_sivqa(row)):
-        return drafts_of_sivqa(place, row, root, language=language, choices=choices)
-    wanted = {"llava": ("conversations",), "openai": ("messages",), "auto": ("conversations", "messages")}
-    if not any(key in row for key in wanted[format]):
-        raise DataError(
-            f"no conversation: the row has {', '.join(list(row)[:6]) or 'no key'}, must have {' or '.join(wanted[format])}"
-        )
-    if format == "openai" and "conversations" in row:
-        row = {key: value for key, value in row.items() if key != "conversations"}
-    return [draft_row(place, row, root)]
-
-
-def _sound(drafts: list[Draft]) -> list[Draft]:
-    """The same drafts. Raises DataError for half characters, which JSON can write (\\ud800) and no tokenizer can read."""
-    for draft in drafts:
-        for text in (*(message.text for message in draft.messages), *draft.names, draft.label):
-            if HALF_CHARACTER.search(text):
-                raise DataError("broken text: half a surrogate pair in it; write the character in UTF-8")
-    return drafts
-
-
-def _examine(found: Found, inputs: Inputs | None, decode: bool, limit_megapixels: float) -> list[tuple[Draft, Sample]]:
+def _examine(
+    found: Found, inputs: Inputs | None, decode: bool, limit_megapixels: float, boxes: str
+) -> list[tuple[Draft, Sample]]:
     """Drafts whose pictures are sound and whose length fits, with their samples; the others go into found.skipped."""
     sources = [source for draft in found.drafts for source in draft.sources]
     looked_at = examine_pictures(sources, decode=decode, limit_megapixels=limit_megapixels)
     samples = []
     for draft in found.drafts:
-        sizes = [looked_at[source] for source in draft.sources]
-        reason = next((size for size in sizes if isinstance(size, str)), None)
-        tokens = 0
-        sound = tuple(size for size in sizes if not isinstance(size, str))
-        if reason is None and inputs is not None:
-            tokens, reason = _measure(draft.messages, sound, inputs)
-        if reason is not None:
-            found.skipped.append((draft.place, reason))
-            continue
-        pictures = tuple(Picture(source) for source in draft.sources)
-        samples.append((draft, Sample(draft.place, draft.messages, pictures, draft.key, sound, draft.label, tokens)))
+        try:
+            samples.append((draft, sample_of(draft, [looked_at[source] for source in draft.sources], inputs, boxes)))
+        except DataError as error:  # not swallowed: it goes into the ledger, which stops the run when it fills up
+            found.skipped.append((draft.place, str(error)))
     return samples
 
 
-def _measure(messages: Sequence[Message], sizes: Sequence[Size], inputs: Inputs) -> tuple[int, str | None]:
-    """(tokens, None), or (tokens, why the sample cannot be used). Nothing is ever cut to fit."""
+def sample_of(draft: Draft, looked_at: Sequence[Size | str], inputs: Inputs | None, boxes: str) -> Sample:
+    """A draft whose pictures were looked at -> Sample. Raises DataError with the reason why it cannot be used."""
+    reason = next((size for size in looked_at if isinstance(size, str)), None)
+    if reason is not None:
+        raise DataError(reason)
+    sizes = tuple(size for size in looked_at if not isinstance(size, str))
+    messages = from_pixels(draft.messages, sizes) if boxes == "pixels" else draft.messages
+    check_boxes(messages)
+    tokens = 0 if inputs is None else _measure(messages, sizes, draft.max_tiles, inputs)
+    pictures = tuple(Picture(source, draft.max_tiles) for source in draft.sources)
+    return Sample(draft.place, messages, pictures, draft.key, sizes, draft.label, tokens, draft.repeat, draft.jpeg)
+
+
+def _measure(messages: Sequence[Message], sizes: Sequence[Size], max_tiles: int | None, inputs: Inputs) -> int:
+    """Tokens of a sample. Raises DataError when it is too long: nothing is ever cut to fit."""
     try:
-        tokens = inputs.measure(messages, sizes, open_turn=False)
+        tokens = inputs.measure(messages, sizes, open_turn=False, max_tiles=[max_tiles] * len(sizes))
     except PromptError as error:
-        return 0, f"prompt: {error}"
-    if tokens <= inputs.context_tokens:
-        return tokens, None
-    return tokens, f"over-long: {tokens:,} tokens; at most {inputs.context_tokens:,}: lower max_tiles, or shorten the text"
-
-
-# ---- splitting
-
-
-def _is_held_out(draft: Draft, held: frozenset[str]) -> bool:
-    return draft.part == "held_out" or (draft.part == "" and draft.group in held)
-
-
-def _held_out_groups(drafts: Sequence[Draft], held_out: float, seed: int) -> frozenset[str]:
-    """Groups of drafts to hold out: the seed's choice, whole groups, even over the strata, whatever the order of the rows.
-
-    None when held_out is 0, or when the data itself says what is held out. At least one group stays to learn from.
-    """
-    if held_out == 0 or any(draft.part for draft in drafts):
-        return frozenset()
-    wanted = max(1, round(held_out * len(drafts))) if held_out < 1 else int(held_out)
-    if held_out >= 1 and drafts and wanted >= len(drafts):
-        raise DataError(
-            f"held_out is {wanted:,}, but there are only {len(drafts):,} samples; hold out fewer, or a share such as 0.1"
-        )
-    sizes = Counter(draft.group for draft in drafts)
-    order = _in_seeded_order({draft.group: draft.stratum for draft in drafts}, seed)
-    taken: list[str] = []
-    count = 0
-    for group in order[: max(0, len(order) - 1)]:
-        if count >= wanted:
-            break
-        taken.append(group)
-        count += sizes[group]
-    return frozenset(taken)
-
-
-def _in_seeded_order(stratum_of: Mapping[str, str], seed: int) -> list[str]:
-    """Groups so ordered that each beginning of the list holds about the same share of every stratum."""
-    by_stratum: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for group, stratum in stratum_of.items():
-        digest = hashlib.sha256(f"{seed}/{group}".encode("utf-8", "surrogatepass")).hexdigest()
-        by_stratum[stratum].append((digest, group))
-    placed = []
-    for members in by_stratum.values():
-        for rank, (digest, group) in enumerate(sorted(members)):
-            placed.append(((rank + 0.5) / len(members), digest, group))
-    return [group for _, _, group in sorted(placed)]
-
-
-def repeat(samples: Sequence[Sample], times: float, seed: int) -> list[Sample]:
-    """2.5 gives each sample twice and a seeded half of them once more; copies have keys of their own, to be augmented apart."""
-    share, whole = math.modf(times)
-    order = _in_seeded_order({sample.key: "" for sample in samples}, seed)
-    more = set(order[: round(share * len(order))])
-    rounds = [list(samples)] * int(whole) + [[sample for sample in samples if sample.key in more]]
-    return [replace(sample, key=f"{sample.key}#{n}" if n else sample.key) for n, some in enumerate(rounds) for sample in some]
+        raise DataError(f"prompt: {error}") from error
+    if tokens > inputs.context_tokens:
+        raise DataError(f"over-long: {tokens:,} tokens; at most {inputs.context_tokens:,}: lower max_tiles, or shorten the text")
+    return tokens
 
 
 def _leaks(train: Sequence[Sample], held_out: Sequence[Sample]) -> list[str]:

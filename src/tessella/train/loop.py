@@ -23,7 +23,7 @@ from tessella.errors import DataError, TrainingError
 from tessella.inputs import Inputs
 from tessella.train.batch import StepData, Steps
 from tessella.train.begin import load_to_teach
-from tessella.train.dataset import Ledger, Sample, read_recipe_data
+from tessella.train.dataset import Ledger, Sample
 from tessella.train.limits import Stop, memory_told
 from tessella.train.log import Event, Log
 from tessella.train.lora import Taught, prepare
@@ -32,6 +32,8 @@ from tessella.train.passes import HeldOut, Passes
 from tessella.train.recipe import Recipe
 from tessella.train.result import save_result
 from tessella.train.state import Progress, check_same_run, newest, restore_random_state, save, saved
+from tessella.train.streamed import Streamed
+from tessella.train.supply import supply
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def train(
     )  # fmt: skip
     ledger = Ledger(used=len(samples or ()) + len(held_out or ()))
     if samples is None:
-        data = read_recipe_data(recipe, loaded.inputs)
+        data = supply(recipe, loaded.inputs)
         samples, held_out, ledger = data.train, data.held_out if held_out is None else held_out, data.ledger
     if not samples:
         raise DataError("there is no sample to train on; give at least one")
@@ -97,6 +99,8 @@ def check_output(recipe: Recipe) -> None:
 
 def hash_of(samples: Sequence[Sample]) -> str:
     """One hash of all samples in order: resume on other data is refused by it."""
+    if isinstance(samples, Streamed):
+        return samples.digest()
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(sample.key.encode("utf-8", "surrogatepass") + b"\n")

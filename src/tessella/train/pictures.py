@@ -8,18 +8,22 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
+
+from PIL import Image
 
 from tessella.errors import ImageError
 from tessella.geometry import Size
-from tessella.image import LIMIT_MEGAPIXELS, name_of, open_image, read_size
+from tessella.image import LIMIT_MEGAPIXELS, Held, name_of, open_image, read_size
 
+Found = str | Path | Held
 THREADS = 16  # mostly waiting for the disk
 TAIL_BYTES = 4096
 
 
 def examine_pictures(
-    sources: Iterable[str | Path], *, decode: bool = False, limit_megapixels: float = LIMIT_MEGAPIXELS
-) -> dict[str | Path, Size | str]:
+    sources: Iterable[Found], *, decode: bool = False, limit_megapixels: float = LIMIT_MEGAPIXELS
+) -> dict[Found, Size | str]:
     """Each source, looked at once -> its upright size, or a reason "kind: detail".
 
     Without decode only headers and file ends are read; what looks cut off is decoded to be sure. With decode every pixel is.
@@ -30,7 +34,7 @@ def examine_pictures(
         return dict(zip(distinct, found, strict=True))
 
 
-def _examine(source: str | Path, decode: bool, limit_megapixels: float) -> Size | str:
+def _examine(source: Found, decode: bool, limit_megapixels: float) -> Size | str:
     if isinstance(source, Path) and not os.path.exists(source):  # Path.exists would raise for a name that is too long
         return f"picture missing: {name_of(source)}"
     try:
@@ -42,16 +46,22 @@ def _examine(source: str | Path, decode: bool, limit_megapixels: float) -> Size 
     return size
 
 
-def seems_cut_off(path: Path) -> bool:
+def seems_cut_off(source: Path | Held) -> bool:
     """True when the file lacks the end that its format should have: a suspicion, some sound files have odd ends."""
+    if isinstance(source, Held) and source.size is not None:
+        return False  # it was decoded to learn its size
     try:
-        with path.open("rb") as stream:
-            head = stream.read(16)
-            length = stream.seek(0, io.SEEK_END)
-            stream.seek(-min(TAIL_BYTES, length), os.SEEK_END)
-            tail = stream.read()
+        with source.open() if isinstance(source, Held) else source.open("rb") as stream:
+            return not isinstance(stream, Image.Image) and _lacks_its_end(stream)
     except OSError:
         return True  # open_image names the fault
+
+
+def _lacks_its_end(stream: IO[bytes]) -> bool:
+    head = stream.read(16)
+    length = stream.seek(0, io.SEEK_END)
+    stream.seek(-min(TAIL_BYTES, length), os.SEEK_END)
+    tail = stream.read()
     if head.startswith(b"RIFF"):
         return int.from_bytes(head[4:8], "little") + 8 > length
     if head.startswith(b"\x89PNG"):

@@ -1,11 +1,13 @@
-"""Rows of JSON and JSONL become drafts: conversations whose pictures are named, not yet looked at.
+"""Rows become drafts: conversations whose pictures are named, not yet looked at.
 
-In: a file of LLaVA rows (image, conversations) or OpenAI rows (messages).  Out: drafts, and each bad row with its reason.
+In: a file of LLaVA or ShareGPT rows (image, conversations), OpenAI rows (messages), or rows of question and answer.
+Out: drafts, and each bad row with its reason.
 A reason is "kind" or "kind: detail", so that reasons can be counted by kind.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,8 +17,13 @@ from urllib.parse import unquote
 
 from tessella.chat import IMAGE_MARK, Message, place_marks
 from tessella.errors import DataError
+from tessella.image import Held
+from tessella.train.held import TableCell, frames_of
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+VIDEO_MARK = "<video>"
+VIDEO_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,15 @@ class Draft:
 
     place: str  # "file.jsonl:12", or the picture's path inside a folder of folders
     messages: tuple[Message, ...]
-    sources: tuple[str | Path, ...]  # paths, or data: URIs
+    sources: tuple[str | Path | Held, ...]  # paths, data: URIs, or what lies in something else
     names: tuple[str, ...]  # the pictures as the dataset names them, the same wherever it lies
     group: str  # what must not be torn apart by a split: a dish, or the pictures
     stratum: str = ""  # what a split is even over: a class
     label: str = ""
     part: str = ""  # "train" or "held_out" where the data itself says so
+    max_tiles: int | None = None  # of each picture, where the data itself says so
+    repeat: float = 1.0  # how often it is seen in an epoch
+    jpeg: bool = False  # its pictures are compressed anew at each look
 
     @property
     def key(self) -> str:
@@ -72,15 +82,19 @@ def _line_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"{path.name}:{number}"
-        try:
-            yield place, json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            yield place, DataError(f"broken JSON: line {number}, column {error.colno}: {error.msg}")
-        except UnicodeDecodeError as error:
-            yield place, DataError(f"broken JSON: line {number}, byte {error.start + 1} is no UTF-8")
-        except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
-            yield place, DataError(f"broken JSON: line {number}: {error}")
+        yield f"{path.name}:{number}", row_of_line(line, number)
+
+
+def row_of_line(line: bytes, number: int) -> Any:
+    """The row on a line, or a DataError in its place."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return DataError(f"broken JSON: line {number}, column {error.colno}: {error.msg}")
+    except UnicodeDecodeError as error:
+        return DataError(f"broken JSON: line {number}, byte {error.start + 1} is no UTF-8")
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        return DataError(f"broken JSON: line {number}: {error}")
 
 
 def _array_rows(path: Path, raw: bytes) -> Iterator[tuple[str, Any]]:
@@ -129,25 +143,56 @@ def _next(text: str, at: int) -> int:
 # ---- rows
 
 
-def draft_row(place: str, row: Mapping[str, Any], image_root: Path) -> Draft:
-    """A LLaVA or OpenAI row -> Draft. Raises DataError with the reason."""
-    if "video" in row:
-        raise DataError("video: rows with a video cannot be learned from")
+def draft_row(place: str, row: Mapping[str, Any], image_root: Path, *, video_frames: int = VIDEO_FRAMES) -> Draft:
+    """A row of conversations, messages, or question and answer -> Draft. Raises DataError with the reason."""
     named = _named_pictures(row)
     if "conversations" in row:
         turns = _llava_turns(row["conversations"])
-    else:
+    elif "messages" in row:
         turns, inline = _openai_turns(row["messages"])
         if named and inline:
             raise DataError("pictures named twice: both in the messages and in the row")
-        named = named or inline
+        named = named or [*inline]
+    else:
+        turns = _asked_and_answered(row)
+    turns = _with_system(row, turns)
+    if row.get("video"):
+        if named:
+            raise DataError("video and pictures: a row shows one or the other")
+        return _video_draft(place, row["video"], turns, image_root, video_frames)
     messages = conversation(turns, len(named))
     sources = tuple(locate(name, image_root) for name in named)
-    return Draft(place, messages, sources, tuple(named), group="\n".join(sorted(named)) or json.dumps(turns))
+    names = tuple(name.digest if isinstance(name, TableCell) else str(name) for name in named)
+    return Draft(place, messages, sources, names, group="\n".join(sorted(names)) or json.dumps(turns))
 
 
-def locate(name: str, image_root: Path) -> str | Path:
+def _video_draft(place: str, named: Any, turns: list[tuple[str, str]], image_root: Path, video_frames: int) -> Draft:
+    """A video is shown as its frames, one tile each, where <video> stands or before the first question.
+
+    Source: internvl/train/dataset.py of OpenGVLab/InternVL at 2410d1d ("Frame-1: <image>", one to a line).
+    """
+    if not isinstance(named, str):
+        raise DataError(f"video is no path: {str(named)[:80]}; a row shows one video")
+    path = locate(named, image_root)
+    if not isinstance(path, Path):
+        raise DataError(f"video is no path: {str(named)[:80]}; give a file")
+    frames = frames_of(path, video_frames)
+    shown = "\n".join(f"Frame-{number}: {IMAGE_MARK}" for number in range(1, len(frames) + 1))
+    marks = sum(text.count(VIDEO_MARK) for _, text in turns)
+    if marks > 1:
+        raise DataError(f"video shown {marks} times: a row has one {VIDEO_MARK}")
+    first = next((index for index, (role, _) in enumerate(turns) if role == "user"), 0)
+    turns = [
+        (role, text.replace(VIDEO_MARK, shown) if marks else f"{shown}\n{text}" if index == first else text)
+        for index, (role, text) in enumerate(turns)
+    ]
+    return Draft(place, conversation(turns, len(frames)), tuple(frames), (named,) * len(frames), group=named, max_tiles=1)
+
+
+def locate(name: str | Held, image_root: Path) -> str | Path | Held:
     """A picture as a row names it -> where it lies. Raises DataError for the web."""
+    if isinstance(name, Held):
+        return name
     if name[:5].lower() == "data:":
         return name
     if name.lower().startswith(("http://", "https://", "s3://")):
@@ -155,12 +200,34 @@ def locate(name: str, image_root: Path) -> str | Path:
     return image_root / (unquote(name.removeprefix("file://")) if name.startswith("file://") else name)
 
 
-def _named_pictures(row: Mapping[str, Any]) -> list[str]:
+def _named_pictures(row: Mapping[str, Any]) -> list[str | Held]:
     names = row.get("images") or row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    names = [names] if isinstance(names, str | Held) else names
+    if not isinstance(names, list) or not all(isinstance(name, str | Held) and name for name in names):
         raise DataError(f"image is no path: {str(names)[:80]}; must be text or a list of texts")
     return names
+
+
+def _asked_and_answered(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of question and answer; of several answers the most frequent, as of VQA's ten."""
+    asked, answer = row["question"], row.get("answer", row.get("answers"))
+    if isinstance(answer, list) and answer and all(isinstance(one, str) for one in answer):
+        answer = max(answer, key=answer.count)
+    if not isinstance(asked, str) or not isinstance(answer, str):
+        raise DataError(f"no text: question is {str(asked)[:40]!r}, answer {str(answer)[:40]!r}; both must be text")
+    return [("user", asked), ("assistant", answer)]
+
+
+def _with_system(row: Mapping[str, Any], turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The row's own system text before the turns. Raises DataError when it has two."""
+    system = row.get("system")
+    if not system:
+        return turns
+    if not isinstance(system, str):
+        raise DataError(f"system is no text: {str(system)[:40]!r}")
+    if turns[0][0] == "system":
+        raise DataError("system text twice: beside the turns and as the first of them")
+    return [("system", system), *turns]
 
 
 def _llava_turns(raw: Any) -> list[tuple[str, str]]:
@@ -168,9 +235,10 @@ def _llava_turns(raw: Any) -> list[tuple[str, str]]:
         raise DataError("no conversation: conversations must be a list of turns")
     turns = []
     for turn in raw:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        said = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+        if not isinstance(said, str):
             raise DataError(f"broken turn: {str(turn)[:80]}; must be {{from, value}} with text as value")
-        turns.append((_role(turn.get("from")), turn["value"]))
+        turns.append((_role(turn.get("from", turn.get("role"))), said))
     return turns
 
 
@@ -269,5 +337,5 @@ def _check_turns(turns: Sequence[tuple[str, str]]) -> None:
             raise DataError("empty answer" if role == "assistant" else f"empty turn of the {role}")
         if role != "user" and IMAGE_MARK in text:
             raise DataError(f"picture in a turn of the {role}: only the user shows pictures")
-        if "<video>" in text:
-            raise DataError("video: rows with a video cannot be learned from")
+        if VIDEO_MARK in text:
+            raise DataError(f"video missing: {VIDEO_MARK} is written, but the row names no video")

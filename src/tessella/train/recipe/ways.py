@@ -67,8 +67,9 @@ class WaysFields:
     """Samples of one optimizer step, over all passes and devices."""
     tokens_per_pass: int = 8192
     """Most tokens of one forward and backward pass; a step takes as many passes as its samples need."""
-    augment: Literal["none", "light", "photo"] = "none"
-    """Changes of the pictures while training: "light" crop, small turn and colour; "photo" the same and mirror."""
+    augment: Literal["none", "jpeg", "light", "photo"] = "none"
+    """Changes of the pictures while training: "jpeg" compression (quality 75 to 100, as InternVL), "light" crop, small turn and
+    colour; "photo" the same and mirror, but never where a sample speaks of left or right, or holds boxes."""
     recompute: tuple[Recomputable, ...] = ()
     """Gradient checkpointing by module: "language", "tower" (whole layers), "language.mlp", "language.attention", "tower.mlp",
     "tower.attention". What is named is computed again in the backward pass instead of kept: less memory, more time."""
