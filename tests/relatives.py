@@ -14,9 +14,14 @@ from torch import nn
 from tiny import tiny_tokenizer
 
 SIDE, PATCH = 56, 14
-NAMES = ("llava", "llava next vicuna", "llava next mistral", "blip2")
+NAMES = ("llava", "llava next vicuna", "llava next mistral", "blip2", "instructblip")
 # (height, width) in px; tiles of 56 px
 POINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56], [56, 224], [224, 56]]
+
+
+# Of the tokenizer with which InstructBLIP's Q-Former reads the question.
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", *LETTERS, *(f"##{letter}" for letter in LETTERS), "what", "picture")
 
 
 def spread(model: nn.Module, seed: int = 0) -> None:
@@ -55,12 +60,16 @@ def model_of(name: str, vocabulary: int, image_token: int) -> Any:
     mistral = name.endswith("mistral")
     text = t.MistralConfig(**size, sliding_window=None) if mistral else t.LlamaConfig(**size)
     parts = {"vision_config": vision, "text_config": text, "image_token_index": image_token}
-    if name == "blip2":
+    if name in ("blip2", "instructblip"):
+        kind = "Blip2" if name == "blip2" else "InstructBlip"
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-        tower = t.Blip2VisionConfig(**shape, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
-        former = t.Blip2QFormerConfig(**shape | {"hidden_size": 24}, num_hidden_layers=3, encoder_hidden_size=32)
+        tower = getattr(t, f"{kind}VisionConfig")(**shape, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
+        words = {} if name == "blip2" else {"vocab_size": len(WORDS)}
+        former = getattr(t, f"{kind}QFormerConfig")(
+            **shape | {"hidden_size": 24}, num_hidden_layers=3, encoder_hidden_size=32, **words
+        )
         parts |= {"vision_config": tower, "qformer_config": former, "num_query_tokens": 5}
-        model = t.Blip2ForConditionalGeneration(t.Blip2Config(**parts))
+        model = getattr(t, f"{kind}ForConditionalGeneration")(getattr(t, f"{kind}Config")(**parts))
     elif name == "llava":
         model = t.LlavaForConditionalGeneration(t.LlavaConfig(**parts, image_seq_length=(SIDE // PATCH) ** 2))
     else:
@@ -76,7 +85,7 @@ def processor_of(name: str) -> Any:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    if name == "blip2":
+    if name in ("blip2", "instructblip"):
         return BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     sides = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     if name == "llava":
@@ -90,5 +99,8 @@ def relative(path: Path, name: str) -> tuple[Path, Any]:
     tokenizer = tokenizer_files(path)
     model = model_of(name, tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>"))
     model.save_pretrained(path)
+    if name == "instructblip":
+        (path / "qformer_tokenizer").mkdir()
+        (path / "qformer_tokenizer" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(processor_of(name).to_dict()))
     return path, model

@@ -19,6 +19,7 @@ FLOORS = {
     "image": 1,
     "chat": 1,
     "tokenizer": 1,
+    "wordpiece": 1,
     "sampling": 1,
     "stops": 1,
     "foods": 1,

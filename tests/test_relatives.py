@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT, and BLIP-2 with a Llama, against transformers: pixels, slots, logits, greedy ids, both ways."""
+"""LLaVA-1.5, LLaVA-NeXT, BLIP-2 and InstructBLIP with a Llama, against transformers: pixels, slots, logits, greedy ids, files."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from relatives import NAMES, POINTS, SIDE, processor_of, relative
+from relatives import NAMES, POINTS, SIDE, WORDS, processor_of, relative
 from relatives import PATCH as PATCH_PX
 from tessella import cli
 from tessella.chat import Message, place_marks, render, template_named, text_of
@@ -23,8 +23,8 @@ from tessella.checkpoint.proof import prove
 from tessella.checkpoint.read import Loaded, load, load_model
 from tessella.checkpoint.source import open_source
 from tessella.config import load_config, model_config
-from tessella.errors import CheckpointError, ConfigError, ContextError
-from tessella.generate import all_logits, generate, generate_batch
+from tessella.errors import CheckpointError, ConfigError, ContextError, PromptError
+from tessella.generate import all_logits, generate, generate_batch, visual_tokens
 from tessella.geometry import Grid, Size, fitted, roomiest_grid, window_of
 from tessella.image import TileRule, cut_tiles, normalise
 from tessella.inputs import Inputs, ModelInput, Picture
@@ -58,7 +58,16 @@ def ask(loaded: Loaded, *sizes: tuple[int, int], max_tiles: int | None = None) -
 def fed(name: str, one: ModelInput, sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """What transformers' model is given, from its own image processor."""
     given = processor_of(name)([picture(*size) for size in sizes], return_tensors="pt")
+    if name == "instructblip":
+        asked = place_marks(QUESTION, len(sizes)).replace("<image>", "").strip()
+        words = tokens_of_questions()([asked] * len(sizes), return_tensors="pt")
+        given |= {"qformer_input_ids": words["input_ids"], "qformer_attention_mask": words["attention_mask"]}
     return {"input_ids": one.ids[None], **given}
+
+
+def tokens_of_questions() -> Any:
+    """transformers' tokenizer of the words that the Q-Former reads."""
+    return transformers.BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
 
 
 CASES = {
@@ -113,6 +122,23 @@ def test_rows_answer_alike_alone_and_together(pair: tuple[str, Loaded, Any]) -> 
     assert generate_batch(ours.model, rows, params, ()) == [list(generate(ours.model, row, params, ())) for row in rows]
 
 
+def test_a_question_changes_what_instructblip_sees(tmp_path: Path) -> None:
+    """The same picture with another question: other visual tokens, another digest, and both right side by side."""
+    folder, _ = relative(tmp_path / "model", "instructblip")
+    ours = load(folder, device="cpu", dtype="float32")
+    rows = [ours.inputs.build([Message("user", f"<image>\n{text}")], [Picture(picture(90, 90))]) for text in ("what?", "picture")]
+    assert rows[0].digests != rows[1].digests and rows[0].questions != rows[1].questions
+    seen = visual_tokens(ours.model, rows)
+    assert seen is not None and (seen[0] - seen[1]).abs().max() > 0.01
+    alone = [visual_tokens(ours.model, [row]) for row in rows]
+    assert all(one is not None and torch.allclose(one[0], both, atol=1e-5) for one, both in zip(alone, seen, strict=True))
+    with pytest.raises(PromptError, match="at most 512"):
+        ours.inputs.build([Message("user", "<image>\n" + "picture " * 600)], [Picture(picture(90, 90))])
+    (folder / "qformer_tokenizer" / "vocab.txt").unlink()
+    with pytest.raises(CheckpointError, match="qformer_tokenizer"):
+        load(folder)
+
+
 def test_fewer_tiles_are_honoured(pair: tuple[str, Loaded, Any]) -> None:
     name, ours, _ = pair
     for most in (1, 2, 4):
@@ -140,7 +166,7 @@ def test_a_folder_is_written_back_and_read_by_transformers_alike(pair: tuple[str
     assert one.proof.holds
     was, now = tensors(tmp_path / "back"), tensors(tmp_path / "again")
     assert was.keys() == now.keys() and all(torch.equal(was[key], now[key]) for key in was)
-    if name != "blip2":
+    if not name.endswith("blip") and name != "blip2":
         assert "vision_tower.vision_model.pre_layrnorm.weight" in was  # the form of the published folders
     for file in ("preprocessor_config.json", "tokenizer.json", "config.json"):
         assert json.loads((tmp_path / "again" / file).read_text()) == json.loads((tmp_path / "back" / file).read_text())
@@ -313,6 +339,17 @@ def test_published_sizes_are_met(architecture: str, text: dict[str, Any], parame
     )
     if architecture.startswith("LlavaNext"):
         assert config.grids == ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)) and config.max_tiles == 4
+
+
+def test_instructblip_has_the_published_size_and_its_prompt_begins_with_the_picture() -> None:
+    text = {"model_type": "llama", "rms_norm_eps": 1e-06, "vocab_size": 32001}
+    raw = {"architectures": ["InstructBlipForConditionalGeneration"], "vision_config": {}, "text_config": text}
+    config = model_config({**raw, "qformer_config": {"vocab_size": 30523}})
+    assert config.reads_question and config.slots_per_tile == 32
+    connector = sum(weight.numel() for weight in blank_model(config).mlp1.parameters())
+    assert connector - (768 * 4096 + 4096) == pytest.approx(185.7e6, abs=2e5)  # BERT-base's text half beside BLIP-2's 105.1 M
+    talk = [Message("user", "<image>\nWhat?"), Message("assistant", "Rice."), Message("user", "Why?")]
+    assert text_of(render(talk, template_named("instructblip"), open_turn=True)) == "<image>What?Rice.</s>Why?"
 
 
 def test_eva_and_the_whole_of_a_minigpt4_have_the_published_sizes() -> None:

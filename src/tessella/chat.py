@@ -3,8 +3,8 @@
 In: messages of system, user and assistant.  Out: pieces of text, control tokens and picture marks, in order.
 Text and control tokens stay apart from here on: what a person typed can never become a control token.
 Source: conversation.py of OpenGVLab/InternVL at 2410d1d; ChatML of SmolLM2-135M-Instruct for the built-in model;
-conversation.py of haotian-liu/LLaVA at c121f04 (vicuna_v1), the chat template of llava-hf/llava-v1.6-mistral-7b-hf, and
-conversation.py of Vision-CAIR/MiniGPT-4 at d94738a.
+conversation.py of haotian-liu/LLaVA at c121f04 (vicuna_v1), the chat template of llava-hf/llava-v1.6-mistral-7b-hf,
+conversation.py of Vision-CAIR/MiniGPT-4 at d94738a, and blip2_vicuna_instruct.py of salesforce/LAVIS.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +53,7 @@ class Template:
     image_end: str = "</img>"
     slot: str = "<IMG_CONTEXT>"
     frame: tuple[str, str] = ("", "")  # plain texts around a picture
+    picture_before_bos: bool = False  # a picture that opens the prompt stands before the bos, and the text behind it is stripped
 
     def head(self, role: str) -> tuple[str, str]:
         """(control token, text) that open a turn of that role; no control token where plain texts do."""
@@ -132,6 +133,19 @@ TEMPLATES = {
             image_end="",
             slot="<image>",
             frame=("<Img>", "</Img>"),
+        ),
+        # InstructBLIP with Vicuna: the picture, then the question as it stands.
+        Template(
+            "instructblip",
+            "",
+            stop=("</s>",),
+            add_bos=True,
+            end="</s>",
+            plain={"system": ("", "\n"), "user": ("", ""), "assistant": ("", "")},
+            image_start="",
+            image_end="",
+            slot="<image>",
+            picture_before_bos=True,
         ),
     )
 }
@@ -247,6 +261,7 @@ def _turn(turn: Message, template: Template) -> Iterator[Piece]:
                 yield from _marks("", before)
                 yield Piece(IMAGE_MARK, "image")
                 yield from _marks("", behind)
+            text = text.lstrip() if index and template.picture_before_bos else text
             if text:
                 yield Piece(text, "text")
     elif turn.text:

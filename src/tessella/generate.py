@@ -29,7 +29,11 @@ def visual_tokens(model: VisionLanguageModel, inputs: Sequence[ModelInput]) -> T
         return None
     places = {digest: place for place, digest in enumerate(digests)}  # of one tile of each kind
     tiles = torch.cat([one.tiles for one in inputs])[list(places.values())]
-    seen = torch.cat([model.visual_tokens(some.to(model.device)) for some in tiles.split(TILES_AT_ONCE)])
+    every = [question for one in inputs for question in one.questions]
+    asked = [every[place] for place in places.values()] if every else []
+    starts = range(0, len(tiles), TILES_AT_ONCE)
+    parts = [(tiles[start : start + TILES_AT_ONCE], asked[start : start + TILES_AT_ONCE]) for start in starts]
+    seen = torch.cat([model.visual_tokens(some.to(model.device), questions) for some, questions in parts])
     number = {digest: row for row, digest in enumerate(places)}
     return seen[[number[digest] for digest in digests]]
 

@@ -6,13 +6,16 @@ Slots per tile: config.slots_per_tile; (tile size / patch / 2) squared = 256 at 
 grid, a picture has the slots of its whole view and of its window. Nothing is ever cut to fit: too long is an error.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from tessella.chat import Message, Piece, count_marks, render, template_named
+from tessella.chat import IMAGE_MARK, Message, Piece, count_marks, render, template_named
 from tessella.config import ModelConfig
 from tessella.errors import CheckpointError, ConfigError, ContextError, PromptError
 from tessella.geometry import Grid, Size, Window
@@ -29,6 +32,7 @@ from tessella.image import (
     read_size,
 )
 from tessella.tokenizer import Tokenizer
+from tessella.wordpiece import QuestionTokenizer
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,11 @@ class ModelInput:
     tiles_per_picture: tuple[int, ...]
     digests: tuple[str, ...]  # of each tile's pixels: all slots bear one id, so a cache must tell pictures apart by these
     windows: tuple[Window, ...] = ()  # of each picture, where the tile rule pads a grid
+    questions: tuple[tuple[int, ...], ...] = ()  # of each tile, where the connector reads them: ids of the turn it is shown in
 
     def __post_init__(self) -> None:
         assert len(self.digests) == len(self.tiles), "each tile has a digest"
+        assert len(self.questions) in (0, len(self.tiles)), "each tile has a question, or none has"
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -76,8 +82,11 @@ class Inputs:
         context_tokens: int | None = None,
         system: str | None = None,
         limit_megapixels: float = LIMIT_MEGAPIXELS,
+        questions: QuestionTokenizer | None = None,
     ):
-        self.config = config
+        """questions: of a connector that reads them (config.reads_question)."""
+        assert config.reads_question == (questions is not None), "a connector that reads questions needs their tokenizer"
+        self.config, self.questions = config, questions
         self.tokenizer = tokenizer
         self.template = template_named(config.template)
         self.max_tiles = config.max_tiles if max_tiles is None else max_tiles
@@ -100,6 +109,15 @@ class Inputs:
         others = [tokenizer.id_of(token) for token in self.template.stop if tokenizer.has(token)]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([end, *others]))
 
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, *, max_tiles: int | None = None, system: str | None = None) -> Self:
+        """The inputs of the model in a folder, with the tokenizers that lie there. Raises CheckpointError, ConfigError."""
+        former, questions = config.connector.qformer, None
+        if config.reads_question:
+            assert former is not None, "reads_question says so"
+            questions = QuestionTokenizer.load(folder, former.vocab_size, former.max_positions)
+        return cls(config, Tokenizer.load(folder), max_tiles=max_tiles, system=system, questions=questions)
+
     def build(
         self, messages: Sequence[Message], pictures: Sequence[Picture] = (), *, open_turn: bool = True, room: int = 0
     ) -> ModelInput:
@@ -115,6 +133,8 @@ class Inputs:
         if len(ids) + room > self.context_tokens:  # told before a pixel is decoded
             raise ContextError(self._too_long(len(ids), sizes, limits, room))
         cut = [self._cut(picture) for picture in pictures]
+        counts = tuple(len(one.digests) for one in cut)
+        questions = self._questions(messages, counts)
         assert [(one.width_px, one.height_px) for one in cut] == sizes, "a header's size was not the picture's"
         windows = [self.window(*size, limit) for size, limit in zip(sizes, limits, strict=True)]
         side = self.config.tile_size_px
@@ -124,9 +144,10 @@ class Inputs:
             learn=torch.tensor(learn, dtype=torch.bool),
             slots=row == self._slot,  # text never holds this id: the tokenizer keeps it out
             tiles=torch.cat([one.pixels for one in cut]) if cut else torch.empty((0, 3, side, side), dtype=torch.uint8),
-            tiles_per_picture=tuple(len(one.digests) for one in cut),
-            digests=tuple(digest for one in cut for digest in one.digests),
+            tiles_per_picture=counts,
+            digests=with_questions([digest for one in cut for digest in one.digests], questions),
             windows=tuple(window for window in windows if window is not None),
+            questions=questions,
         )
 
     def build_text(self, text: str, *, room: int = 0) -> ModelInput:
@@ -188,6 +209,16 @@ class Inputs:
             )
         return render(messages, self.template, system=self.system, open_turn=open_turn)
 
+    def _questions(self, messages: Sequence[Message], tiles_per_picture: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The ids of the text of the turn that shows it, for each tile. Raises PromptError for a text that is too long."""
+        if self.questions is None:
+            return ()
+        turns = [message.text for message in messages if message.role == "user"]
+        ids = [
+            self.questions.encode(text.replace(IMAGE_MARK, "").strip()) for text in turns for _ in range(text.count(IMAGE_MARK))
+        ]
+        return tuple(one for one, count in zip(ids, tiles_per_picture, strict=True) for _ in range(count))
+
     def _slots_of_each(self, sizes: Sequence[Size], limits: Sequence[int | None], cap: int = MOST_TILES) -> list[int]:
         """Slots of each picture, none cut into more than cap tiles."""
         caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
@@ -196,7 +227,9 @@ class Inputs:
     def _ids(self, pieces: Sequence[Piece], slot_counts: Sequence[int]) -> tuple[list[int], list[bool]]:
         """Ids and learn flags of the whole prompt."""
         bos = self.tokenizer.bos_id
-        ids = [bos] if self.template.add_bos and bos is not None else []
+        begin = [bos] if self.template.add_bos and bos is not None else []
+        late = bool(pieces) and self.template.picture_before_bos and pieces[0].kind == "image"
+        ids = [] if late else begin
         learn = [False] * len(ids)
         counts = iter(slot_counts)
         stripping = False  # behind a token that drops the white space after it
@@ -210,7 +243,8 @@ class Inputs:
                 new = [self.tokenizer.id_of(piece.text)]
             else:
                 stripping = self.tokenizer.strips_after(self.template.image_end or self.template.slot)
-                new = [*self._image_start, *[self._slot] * next(counts), *self._image_end]
+                new = [*self._image_start, *[self._slot] * next(counts), *self._image_end, *(begin if late else [])]
+                late = False
             ids += new
             learn += [piece.learn] * len(new)
         return ids, learn
@@ -239,6 +273,14 @@ class Inputs:
     def _count(self, sizes: Sequence[Size], limits: Sequence[int | None]) -> int:
         """Tiles of all pictures."""
         return sum(count_tiles(*size, self.rule(limit)) for size, limit in zip(sizes, limits, strict=True))
+
+
+def with_questions(digests: Sequence[str], questions: Sequence[tuple[int, ...]]) -> tuple[str, ...]:
+    """Digests of tiles, or of tiles and the questions that were read beside them: equal ones give equal visual tokens."""
+    if not questions:
+        return tuple(digests)
+    pairs = zip(digests, questions, strict=True)
+    return tuple(hashlib.sha256(f"{digest} {question}".encode()).hexdigest() for digest, question in pairs)
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

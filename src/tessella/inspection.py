@@ -27,7 +27,6 @@ from tessella.files import write_whole
 from tessella.image import LIMIT_MEGAPIXELS, Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
-from tessella.tokenizer import Tokenizer
 from tessella.train.classes import SUFFIXES
 from tessella.train.reading import ARCHIVES
 from tessella.train.survey import render_survey, runs_of, survey
@@ -72,7 +71,7 @@ def eyes(model: str, max_tiles: int | None) -> tuple[Inputs, ModelConfig]:
     """Prompts and tiles of a model, without its weights."""
     folder, _ = find_model(model, weights=False)
     config = load_config(folder)
-    return Inputs(config, Tokenizer.load(folder), max_tiles=max_tiles), config
+    return Inputs.load(folder, config, max_tiles=max_tiles), config
 
 
 # ---- a picture

@@ -28,7 +28,6 @@ from tessella.checkpoint.write import SHARD_BYTES, dtype_name, write_model
 from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs
 from tessella.model.device import DTYPES, choose_device
-from tessella.tokenizer import Tokenizer
 
 Target = Literal["official", "native", "adapter"]
 Names = Literal["ours", "official", "native"]
@@ -180,7 +179,7 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         out,
         source.config,
         layout=layout,
-        end_ids=Inputs(source.config, Tokenizer.load(source.folder)).stop_ids,
+        end_ids=Inputs.load(source.folder, source.config).stop_ids,
         base_folder=source.folder,
         shard_bytes=wish.shard_bytes,
         force=wish.force,

@@ -23,7 +23,6 @@ from tessella.checkpoint.source import Source
 from tessella.checkpoint.verify import conversations, logits_on
 from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs, Picture
-from tessella.tokenizer import Tokenizer
 
 ENGINES = ("transformers",)
 # Largest difference of a log probability that counts as equal. With pictures the two resize with their own code; of words alone
@@ -85,7 +84,7 @@ def ask(engine: str, source: Source) -> EngineProof:
         return EngineProof(engine, "")
     if source.config.family != "internvl":
         raise ConfigError(f"--engines asks about InternVL models; {source.path} is a {source.config.family} model: leave it away")
-    inputs = Inputs(source.config, Tokenizer.load(source.folder))
+    inputs = Inputs.load(source.folder, source.config)
     # without the limits on tiles that our own proof sets, because a folder's processor knows only the folder's limit
     talks = [(messages, [Picture(picture.source) for picture in pictures]) for messages, pictures in conversations()]
     with tempfile.TemporaryDirectory(prefix="tessella-") as place:

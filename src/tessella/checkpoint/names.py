@@ -18,11 +18,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tessella.checkpoint.relative_names import BLIP2, CLIP, LLAVA
+from tessella.checkpoint.relative_names import BLIP2, CLIP, INSTRUCTBLIP, LLAVA
 from tessella.config import LanguageConfig, ModelConfig
 from tessella.errors import CheckpointError
 
-Layout = Literal["official", "native", "llava", "llava_next", "blip2"]  # transformers has a layout for each of the relatives
+# transformers has a layout for each of the relatives
+Layout = Literal["official", "native", "llava", "llava_next", "blip2", "instructblip"]
 Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see cut_rows)
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -102,7 +103,13 @@ _LLAVA = (Group((f"{_TOWER}attn.qkv",), tuple(f"{CLIP}self_attn.{part}_proj" for
 # What is not in a layout's table has one name on both sides. InternLM2 has its own words in the official layout alone.
 _OFFICIAL = {"InternLM2ForCausalLM": _INTERNLM2, "Phi3ForCausalLM": _PHI3}
 _NATIVE_LANGUAGE = {"Phi3ForCausalLM": _PHI3}
-_TABLES = {"native": _NATIVE, "llava": _LLAVA, "llava_next": _LLAVA, "blip2": _renamed(BLIP2)}
+_TABLES = {
+    "native": _NATIVE,
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "blip2": _renamed(BLIP2),
+    "instructblip": _renamed(INSTRUCTBLIP),
+}
 
 # transformers calls its modules so in memory, and so do adapters; its save_pretrained writes the second form into files.
 _IN_MEMORY = (

@@ -22,7 +22,6 @@ from tessella.checkpoint.tensor_proof import TensorProof, Verdict, compare_tenso
 from tessella.checkpoint.verify import LIMITS, Proof, compare, conversations, logits_on, probes
 from tessella.errors import CheckpointError
 from tessella.inputs import Inputs
-from tessella.tokenizer import Tokenizer
 
 Mode = Literal["auto", "tensors", "logits"]
 LOGITS_BYTES = 16 * 2**30  # a larger model in float32 is not run unasked: on a CPU that takes longer than the conversion
@@ -172,7 +171,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def compare_prompts(a: Source, b: Source) -> PromptProof:
     """Rendered text, ids and tiles of the conversations of verify.py, and the tokens that end an answer."""
-    left, right = (Inputs(source.config, Tokenizer.load(source.folder)) for source in (a, b))
+    left, right = (Inputs.load(source.folder, source.config) for source in (a, b))
     differing, characters, tokens = [], 0, 0
     talks = conversations()
     for number, (messages, pictures) in enumerate(talks, 1):
@@ -200,7 +199,7 @@ def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> str:
 
 def compare_logits(a: Source, b: Source, device: torch.device) -> Proof:
     """Both models, unmerged where they hold an adapter, on the conversations; one of them is in memory at a time."""
-    prompts = probes(Inputs(a.config, Tokenizer.load(a.folder)))
+    prompts = probes(Inputs.load(a.folder, a.config))
     untaught = None
     if a.adapter is not None and b.adapter is None:
         untaught = logits_on(a.model(device, taught=False), prompts[:2])  # enough to see how much the adapter changes

@@ -84,9 +84,8 @@ def load(
                 merge_adapter(model, one)
         else:
             merge_adapter(model, reduce(combined, fitted))
-    tokenizer = Tokenizer.load(folder)
-    inputs = Inputs(model.config, tokenizer, max_tiles=max_tiles, system=system)
-    return Loaded(model, tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
+    inputs = Inputs.load(folder, model.config, max_tiles=max_tiles, system=system)
+    return Loaded(model, inputs.tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
 
 
 def find_model(

@@ -1,7 +1,7 @@
 """Names of InternVL's relatives as transformers writes them into files: ours -> stored, # for the number of the layer.
 
 Paths are of modules, or of parameters that stand by themselves. names.py makes its groups of them.
-Source: Llava, LlavaNext and Blip2 of huggingface/transformers at 5.23.
+Source: Llava, LlavaNext, Blip2 and InstructBlip of huggingface/transformers at 5.23.
 """
 
 TOWER = "vision_model.encoder.layers.#."
@@ -43,4 +43,13 @@ BLIP2 = {
     f"{_OURS}queries.fc1": f"{_STORED}intermediate_query.dense",
     f"{_OURS}queries.fc2": f"{_STORED}output_query.dense",
     f"{_OURS}queries.norm": f"{_STORED}output_query.LayerNorm",
+}
+INSTRUCTBLIP = {
+    **BLIP2,
+    "mlp1.0.former.norm": "qformer.embeddings.layernorm",
+    "mlp1.0.former.words": "qformer.embeddings.word_embeddings",
+    "mlp1.0.former.places": "qformer.embeddings.position_embeddings",
+    f"{_OURS}text.fc1": f"{_STORED}intermediate.dense",
+    f"{_OURS}text.fc2": f"{_STORED}output.dense",
+    f"{_OURS}text.norm": f"{_STORED}output.LayerNorm",
 }

@@ -248,7 +248,8 @@ def _open_model(path: Path, kind: Kind, name: str) -> Source:
     weights = open_weights(path)
     layout = layout_of(read_config_json(path))
     found = layout_of_names(weights.files, path)
-    if found != ("official" if layout in ("official", "blip2") else "native"):  # BLIP-2 calls its tower as InternVL does
+    wanted = "native" if layout in ("native", "llava", "llava_next") else "official"  # BLIP-2 names its tower as InternVL does
+    if found != wanted:
         raise CheckpointError(
             f"{path} mixes two layouts: its config.json is {layout}, its tensors are {found}; take both from the same model"
         )

@@ -106,7 +106,7 @@ def logits_on(model: VisionLanguageModel, prompts: Sequence[ModelInput]) -> list
     """The float32 logits (T, V) after every token of each prompt, on the CPU."""
     found = []
     for one in prompts:
-        visual = model.visual_tokens(one.tiles.to(model.device)) if len(one.tiles) else None
+        visual = model.visual_tokens(one.tiles.to(model.device), one.questions) if len(one.tiles) else None
         embeddings = model.embed(one.ids.to(model.device), one.slots.to(model.device), visual, one.windows)
         positions = torch.arange(len(one), device=model.device)
         hidden = model(embeddings, positions, Causal([len(one)], model.device), len(one))

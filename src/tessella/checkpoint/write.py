@@ -35,6 +35,7 @@ from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
 from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
 from tessella.errors import CheckpointError
 from tessella.tokenizer import Tokenizer
+from tessella.wordpiece import FOLDER as QUESTIONS
 
 SHARD_BYTES = 5 * 10**9  # as the official folders
 KEPT = "official"  # the subfolder of a native folder that holds the official side files
@@ -162,6 +163,8 @@ def _write_relative_files(folder: Path, config: ModelConfig, stored: str, end_id
     """The files of a relative of InternVL are its base's own; config.json tells the type and the head as they are now."""
     for path in side_files(base_folder):
         shutil.copyfile(path, folder / path.name)
+    if config.reads_question:
+        shutil.copytree(base_folder / QUESTIONS, folder / QUESTIONS)
     raw = read_config_json(base_folder)
     raw |= {key: stored for key in ("dtype", "torch_dtype") if key in raw} or {"torch_dtype": stored}
     if model_config(raw).language.tie_embeddings != config.language.tie_embeddings:  # resolve_head believed the weights

@@ -1,8 +1,10 @@
-"""The config.json of BLIP-2 with a language half of the Llama shape -> ModelConfig. MiniGPT-4 is such a model.
+"""The config.json of BLIP-2 and InstructBLIP with a language half of the Llama shape -> ModelConfig. MiniGPT-4 is a BLIP-2.
 
-BLIP-2's own language halves (OPT, Flan-T5) are not run. A folder says its prompt in our section "tessella"; without it, it
-is taken for a MiniGPT-4, which has BLIP-2's tower and Q-Former, one linear layer, and Vicuna.
-Source: configuration_blip_2.py of huggingface/transformers at 5.23; minigpt4.py of Vision-CAIR/MiniGPT-4 at d94738a.
+The language halves OPT and Flan-T5 are not run. A BLIP-2 folder says its prompt in our section "tessella"; without it, it
+is taken for a MiniGPT-4, which has BLIP-2's tower and Q-Former, one linear layer, and Vicuna. InstructBLIP's Q-Former reads
+the question, too.
+Source: configuration_blip_2.py and configuration_instructblip.py of huggingface/transformers at 5.23; minigpt4.py of
+Vision-CAIR/MiniGPT-4 at d94738a; blip2_vicuna_instruct.py of salesforce/LAVIS.
 """
 
 from collections.abc import Mapping
@@ -13,7 +15,8 @@ from tessella.config.llava import relative_language
 from tessella.config.parts import CONTEXT_TOKENS, ConnectorConfig, ModelConfig, QFormerConfig, VisionConfig
 from tessella.errors import ConfigError
 
-ARCHITECTURE = "Blip2ForConditionalGeneration"
+ARCHITECTURES = {"Blip2ForConditionalGeneration": "blip2", "InstructBlipForConditionalGeneration": "instructblip"}
+PROMPTS = {"blip2": "minigpt4", "instructblip": "instructblip"}  # where the folder does not say its own
 EVA_DEFAULTS: dict[str, Any] = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39}
 EVA_DEFAULTS |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
 EVA_DEFAULTS |= {"layer_norm_eps": 1e-6, "qkv_bias": True}
@@ -22,23 +25,29 @@ QFORMER_DEFAULTS |= {"num_attention_heads": 12, "hidden_act": "gelu", "layer_nor
 QFORMER_DEFAULTS |= {"use_qformer_text_input": False, "vocab_size": 30522, "max_position_embeddings": 512}
 
 
-def blip2(raw: Mapping[str, Any]) -> ModelConfig:
-    """The dict of a config.json -> ModelConfig. Raises ConfigError."""
+def blip2(raw: Mapping[str, Any], family: str) -> ModelConfig:
+    """The dict of a config.json of BLIP-2 ("blip2") or InstructBLIP ("instructblip") -> ModelConfig. Raises ConfigError."""
     own: Mapping[str, Any] = raw.get("tessella") or {}
     vision = eva_config(section(raw, "vision_config"))
     language, _ = relative_language(raw, section(raw, "text_config"))
-    qformer = qformer_config(section(raw, "qformer_config"), int(raw.get("num_query_tokens") or 32), vision.hidden_size)
-    if qformer.text:
-        raise ConfigError("qformer_config.use_qformer_text_input is true; a Q-Former that reads the question is not run")
+    former: Mapping[str, Any] = section(raw, "qformer_config")
+    if family == "instructblip":
+        former = {**former, "use_qformer_text_input": True}
+    elif former.get("use_qformer_text_input"):
+        raise ConfigError(
+            "qformer_config.use_qformer_text_input is true; of the Q-Formers that read the question, InstructBLIP's is run "
+            "(InstructBlipForConditionalGeneration)"
+        )
+    qformer = qformer_config(former, int(raw.get("num_query_tokens") or 32), vision.hidden_size)
     return ModelConfig(
         vision=vision,
         language=language,
-        template=str(own.get("template", "minigpt4")),
+        template=str(own.get("template", PROMPTS[family])),
         tile_size_px=vision.image_size_px,
         max_tiles=1,
         use_thumbnail=False,
         context_tokens=min(CONTEXT_TOKENS, language.max_positions),
-        family="blip2",
+        family=family,
         connector=ConnectorConfig("qformer", qformer=qformer),
         tile_rule="stretch",
     )

@@ -22,7 +22,7 @@ CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus ans
 
 
 # Families of models: InternVL and its relatives. Each but the first has one layout of files.
-FAMILIES = ("internvl", "llava", "llava_next", "blip2")
+FAMILIES = ("internvl", "llava", "llava_next", "blip2", "instructblip")
 TILE_RULES = ("closest", "anyres", "pad", "stretch")  # see image.py
 CONNECTORS = ("pixel_shuffle", "linear", "mlp", "pool", "concat", "qformer")  # see model/connectors.py
 
@@ -222,6 +222,11 @@ class ModelConfig:
     def patches_per_side(self) -> int:
         """Patches of a tile side by side."""
         return self.tile_size_px // self.vision.patch_size_px
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the connector reads the question beside the picture, so that visual tokens depend on both: InstructBLIP."""
+        return self.connector.qformer is not None and self.connector.qformer.text
 
     @property
     def slots_per_tile(self) -> int:

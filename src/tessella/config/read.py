@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tessella.config.blip2 import ARCHITECTURE as BLIP2
+from tessella.config.blip2 import ARCHITECTURES as BLIP2
 from tessella.config.blip2 import blip2
 from tessella.config.fields import read_config_json
 from tessella.config.internvl import native, official
@@ -54,5 +54,5 @@ READERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
     OFFICIAL: ("official", official),
     NATIVE: ("native", native),
     **{name: (family, partial(llava, family=family)) for name, family in LLAVA.items()},
-    BLIP2: ("blip2", blip2),
+    **{name: (family, partial(blip2, family=family)) for name, family in BLIP2.items()},
 }

@@ -121,13 +121,13 @@ class Sight(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        return self.model.visual_tokens(tiles)
+    def forward(self, tiles: Tensor, questions: Sequence[Sequence[int]]) -> Tensor:
+        return self.model.visual_tokens(tiles, questions)
 
-    def through(self, adapter: Adapter | None, tiles: Tensor) -> Tensor:
-        """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D) as this adapter sees them."""
+    def through(self, adapter: Adapter | None, tiles: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
+        """tiles (N, 3, S, S) uint8, questions where they are read -> visual tokens (N, slots, D) as this adapter sees them."""
         if adapter is None or not adapter.sees:
-            return self(tiles)
+            return self(tiles, questions)
         theirs = {f"model.{name}": tensor for name, tensor in adapter.seeing.items()}
-        seen: Tensor = torch.func.functional_call(self, theirs, (tiles,))
+        seen: Tensor = torch.func.functional_call(self, theirs, (tiles, questions))
         return seen

@@ -102,7 +102,9 @@ class Runner:
         for keys in by_sight.values():
             places = [batch.tiles[key] for key in keys]
             tiles = torch.stack([row.request.prompt.tiles[tile] for row, tile in places]).to(self.model.device)
-            tokens = self.sight.through(places[0][0].adapter, tiles)
+            prompts = [(row.request.prompt, tile) for row, tile in places]
+            questions = [prompt.questions[tile] for prompt, tile in prompts if prompt.questions]
+            tokens = self.sight.through(places[0][0].adapter, tiles, questions)
             for key, one in zip(keys, tokens.unbind(), strict=True):
                 visual[key] = one
                 self.seen.put(key, one.clone())  # a view would keep the whole batch

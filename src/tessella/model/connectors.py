@@ -102,9 +102,13 @@ class Connector(nn.Sequential):
         self.config, self.fold = config, kind.fold
         self.image_newline = nn.Parameter(torch.randn(out) / out**0.5) if config.connector.newline else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """features (N, P, P, C) -> (N, slots, D)."""
-        return super().forward(self.fold(features, self.config))
+    def forward(self, features: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
+        """features (N, P, P, C) -> (N, slots, D). questions: ids of one for each tile, for a connector that reads them."""
+        folded = self.fold(features, self.config)
+        if not self.config.reads_question:
+            return super().forward(folded)
+        queries, project = self
+        return project(queries(folded, questions))
 
     def laid_out(self, visual: Tensor, windows: Sequence[Window]) -> Tensor:
         """The tokens of all tiles in the order of the slots. visual (N, slots, D) -> (S, D).

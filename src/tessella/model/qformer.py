@@ -8,11 +8,13 @@ Source: BLIP-2, arXiv:2301.12597; Qformer.py of salesforce/LAVIS at lavis/models
 huggingface/transformers at 5.23, whose numbers it gives.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tessella.config import QFormerConfig
 
@@ -139,6 +141,15 @@ class Queries(nn.Module):
         nn.init.normal_(self.query_tokens, std=SPREAD)
         begin_small(self)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Features (N, P, Cv) -> (N, Q, C)."""
-        return self.former(self.query_tokens.to(image.dtype).expand(len(image), -1, -1), image)
+    def forward(self, image: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
+        """Features (N, P, Cv), and the ids of a question for each picture where there is a text half -> (N, Q, C)."""
+        queries = self.query_tokens.to(image.dtype).expand(len(image), -1, -1)
+        if not self.former.config.text:
+            return self.former(queries, image)
+        assert len(questions) == len(image), "each picture has a question"
+        rows = [torch.tensor(row, dtype=torch.int64) for row in questions]
+        ids = pad_sequence(rows, batch_first=True).to(image.device)
+        lengths = torch.tensor([len(row) for row in rows], device=image.device)
+        real = torch.arange(ids.shape[1], device=image.device) < lengths[:, None]
+        states = self.former(queries, image, ids, sight("together", queries.shape[1], real))
+        return states[:, : queries.shape[1]]

@@ -42,9 +42,9 @@ class VisionLanguageModel(nn.Module):
         dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
         return self.vision_model(normalise(tiles, dtype, self.config.vision.statistics))
 
-    def visual_tokens(self, tiles: Tensor) -> Tensor:
-        """tiles (N, 3, S, S) uint8 -> visual tokens (N, slots, D)."""
-        return self.mlp1(self.features(tiles))
+    def visual_tokens(self, tiles: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
+        """tiles (N, 3, S, S) uint8, questions: ids for each tile where they are read -> visual tokens (N, slots, D)."""
+        return self.mlp1(self.features(tiles), questions)
 
     def embed(self, ids: Tensor, slots: Tensor, visual: Tensor | None, windows: Sequence[Window] = ()) -> Tensor:
         """ids (T,), slots (T,) bool, visual (N, slots, D) or None without pictures -> embeddings (T, D).

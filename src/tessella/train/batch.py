@@ -38,6 +38,7 @@ class Pack:
     tiles_of: tuple[int, ...]  # tiles of each row
     keys: tuple[str, ...]  # of each row: equal for rows that are equal in every token and pixel
     windows: tuple[tuple[Window, ...], ...]  # of each row's pictures, where the tile rule pads a grid
+    questions: tuple[tuple[int, ...], ...] = ()  # of each tile, where the connector reads them
 
     def to(self, device: torch.device) -> "Pack":
         """On a device; the tiles stay where they are until somebody asks for them (a frozen tower may not)."""
@@ -65,6 +66,7 @@ class Pack:
             tiles_of=self.tiles_of[index : index + 1],
             keys=self.keys[index : index + 1],
             windows=self.windows[index : index + 1],
+            questions=self.questions[tile:last],
         )
 
 
@@ -118,6 +120,7 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
         tiles_of=tuple(len(row.tiles) for row in rows),
         keys=tuple(key_of(row) for row in rows),
         windows=tuple(row.windows for row in rows),
+        questions=tuple(question for row in rows for question in row.questions),
     )
 
 

@@ -75,7 +75,7 @@ def train(
     loaded, start = load_to_teach(recipe)
     loaded.inputs = Inputs(
         loaded.config, loaded.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system,
-        limit_megapixels=recipe.limit_megapixels,
+        limit_megapixels=recipe.limit_megapixels, questions=loaded.inputs.questions,
     )  # fmt: skip
     ledger = Ledger(used=len(samples or ()) + len(held_out or ()))
     if samples is None:

@@ -27,6 +27,8 @@ from tessella.train.recipe import Recipe
 MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
 ANSWER_TOKENS = 64
 TILES_AT_ONCE = 64  # on a GPU
+# Tiles, or what a frozen tower says of them, and the questions that a connector may read beside them -> one tensor a tile.
+Look = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 
 
 class Passes:
@@ -38,12 +40,12 @@ class Passes:
         if model.dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(f"teaching computes in bfloat16 or float32, not in {model.dtype}")
         self.model = model
-        self.frozen: Callable[[Tensor], Tensor] | None = None  # what is constant of a tile: features, or visual tokens
-        self.after: Callable[[Tensor], Tensor] | None = None  # what still learns behind it
+        self.frozen: Look | None = None  # what is constant of a tile (and its question): features, or visual tokens
+        self.after: Look | None = None  # what still learns behind it
         still = recipe.tower == recipe.projector == "frozen"
         self.lowest = lowest_taught(model, recipe) if still and recipe.language == "lora" else 0  # layers that are constant
         if recipe.tower == "frozen":
-            self.frozen = model.visual_tokens if still else model.features
+            self.frozen = model.visual_tokens if still else lambda tiles, _: model.features(tiles)
             self.after = None if still else model.mlp1
         keep, on_cpu = recipe.caches_features, model.device.type == "cpu"
         self.tiles = Kept(model.device, at_once=1 if on_cpu else TILES_AT_ONCE, keep=keep and not self.lowest)
@@ -89,10 +91,14 @@ class Passes:
             return None
         device, frozen = self.model.device, self.frozen
         if frozen is None:
-            return self.model.visual_tokens(pack.tiles.to(device, non_blocking=True))
-        said = self.tiles(pack.digests, lambda some: frozen(chosen(pack.tiles, some).to(device, non_blocking=True)))
-        constant = torch.stack(said)
-        return constant if self.after is None else self.after(constant)
+            return self.model.visual_tokens(pack.tiles.to(device, non_blocking=True), pack.questions)
+
+        def ask(some: list[int]) -> Tensor:
+            questions = [pack.questions[place] for place in some] if pack.questions else []
+            return frozen(chosen(pack.tiles, some).to(device, non_blocking=True), questions)
+
+        constant = torch.stack(self.tiles(pack.digests, ask))
+        return constant if self.after is None else self.after(constant, pack.questions)
 
 
 def compile_layers(model: VisionLanguageModel) -> None:
