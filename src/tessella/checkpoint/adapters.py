@@ -21,6 +21,7 @@ from tessella.checkpoint.lowrank import Adapter, Pair
 from tessella.checkpoint.weights import Weights, entries_of, some, write_file
 from tessella.errors import CheckpointError
 
+TAUGHT = "taught.json"
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, (O,)
 # Kinds of LoRA that change the arithmetic and that we do not have: refused, never passed over.
@@ -81,7 +82,18 @@ def read_adapter(folder: Path) -> Adapter:
         raise CheckpointError(f"{folder / CONFIG} says {says} lora_magnitude_vector of {some(bare)}; write the adapter again")
     if not pairs and not whole:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensors; teach the adapter again")
-    return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), pairs, whole)
+    return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), pairs, whole, _quantised(folder))
+
+
+def _quantised(folder: Path) -> tuple[str, ...]:
+    """The parts of the base that were in four bits while the adapter was taught, as a run of ours wrote them beside it."""
+    path = folder / TAUGHT
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(str(part) for part in json.loads(path.read_text(encoding="utf-8"))["quantised"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not what finetune writes ({error!r}); remove it, the adapter works without") from error
 
 
 def pairs_and_whole(
@@ -146,6 +158,7 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # and with another alpha
     rslora: bool = False  # scale = alpha / sqrt(rank)
     dora: bool = False
+    quantised: tuple[str, ...] = ()  # parts of the base that were in four bits while it was taught
 
 
 def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
@@ -160,6 +173,7 @@ def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
         rank_pattern={module: own for module, (own, _) in alphas.items() if own != rank},
         alpha_pattern={module: own for module, (_, own) in alphas.items() if own != alpha},
         dora=adapter.has_dora,
+        quantised=adapter.quantised,
     )
 
 
@@ -214,6 +228,8 @@ def write_adapter_files(folder: Path, state: Mapping[str, Tensor], settings: Ada
         "inference_mode": True,
     }
     write_file(folder / WEIGHTS, entries_of({f"{PREFIX}{name}": tensor for name, tensor in sorted(clean.items())}))
+    if settings.quantised:  # in a file of its own: PEFT warns of keys that it does not know
+        (folder / TAUGHT).write_text(json.dumps({"quantised": list(settings.quantised)}) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

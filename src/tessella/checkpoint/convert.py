@@ -76,6 +76,7 @@ class ConvertResult:
     num_bytes: int
     proof: Proofs
     seconds: float
+    quantised: tuple[str, ...] = ()  # parts of the base that were in four bits while the adapter was taught
 
     @property
     def about(self) -> str:
@@ -83,7 +84,8 @@ class ConvertResult:
         taught = f"{self.merged_pairs} low-rank layers and {self.replaced_tensors} whole tensors "
         if self.to == "adapter":
             return f"{taught}as an adapter, {self.num_bytes / 1e6:,.1f} MB"
-        merged = f", {taught}merged" if self.merged_pairs or self.replaced_tensors else ""
+        where = " into the unquantised base (taught on one in 4 bits)" if self.quantised else ""
+        merged = f", {taught}merged{where}" if self.merged_pairs or self.replaced_tensors else ""
         return f"{KINDS[self.kind]} -> {KINDS[self.to]}{merged}, {self.num_bytes / 1e9:,.2f} GB in {self.stored}"
 
     def as_json(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class ConvertResult:
             "adapter": str(self.source) if self.merged_pairs or self.replaced_tensors else None,
             "merged_pairs": self.merged_pairs,
             "replaced_tensors": self.replaced_tensors,
+            "taught_in_4_bits": list(self.quantised),
             "stored": self.stored,
             "bytes": self.num_bytes,
             "largest_logit_difference": self.proof.largest_difference,
@@ -135,6 +138,7 @@ def convert(source: str | Path, out: str | Path, wish: Wish | None = None, origi
         num_bytes=sum(entry.num_bytes for entry in entries),
         proof=proof,
         seconds=time.perf_counter() - start,
+        quantised=() if adapter is None else adapter.quantised,
     )
 
 

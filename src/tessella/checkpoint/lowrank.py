@@ -83,6 +83,7 @@ class Adapter:
     base: str  # what the adapter was taught on: a folder, a hub name, or "tessella-nano"
     pairs: dict[str, Pair]  # by module name, as "language_model.model.layers.0.self_attn.q_proj"
     whole: dict[str, Tensor]  # by parameter name, as "mlp1.1.weight"
+    quantised: tuple[str, ...] = ()  # parts of the base that were in four bits while it was taught
 
     def touches(self, name: str) -> bool:
         """Whether the parameter of that name is changed."""
@@ -274,7 +275,8 @@ def combined(first: Adapter, second: Adapter) -> Adapter:
     for name, tensor in second.whole.items():
         whole[name] = tensor
         pairs.pop(name.removesuffix(".weight"), None)
-    return Adapter(second.folder, first.base, pairs, whole)
+    quantised = tuple(dict.fromkeys((*first.quantised, *second.quantised)))
+    return Adapter(second.folder, first.base, pairs, whole, quantised)
 
 
 def named(adapter: Adapter, layout: Layout, shapes: Mapping[str, tuple[int, ...]], language: LanguageConfig) -> Adapter:

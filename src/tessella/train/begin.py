@@ -10,6 +10,9 @@ from tessella.checkpoint.lowrank import Adapter, fit
 from tessella.checkpoint.names import native_layout
 from tessella.checkpoint.read import Loaded, load
 from tessella.errors import ConfigError
+from tessella.model.device import choose_device, choose_dtype
+from tessella.train.lora import LAYERS
+from tessella.train.nf4 import quantise_layers
 from tessella.train.recipe import Recipe
 
 
@@ -18,12 +21,20 @@ def load_to_teach(recipe: Recipe) -> tuple[Loaded, Adapter | None]:
 
     Raises CheckpointError, ConfigError.
     """
-    loaded = load(base_of(recipe), device=recipe.device, dtype=recipe.dtype, max_tiles=recipe.max_tiles, system=recipe.system)
-    folder = continued(recipe)
-    if folder is None:
-        return loaded, None
-    shapes = {name: tuple(weight.shape) for name, weight in loaded.model.named_parameters()}
-    return loaded, fit(read_adapter(folder), shapes, loaded.config.language, native_layout(loaded.config))
+    device = choose_device(recipe.device)
+    dtype = str(choose_dtype(recipe.dtype, device)).removeprefix("torch.")
+    first = "cpu" if recipe.quantise else recipe.device  # the whole model may not fit where its four bits do
+    loaded = load(base_of(recipe), device=first, dtype=dtype, max_tiles=recipe.max_tiles, system=recipe.system)
+    folder, start = continued(recipe), None
+    if folder is not None:
+        shapes = {name: tuple(weight.shape) for name, weight in loaded.model.named_parameters()}
+        start = fit(read_adapter(folder), shapes, loaded.config.language, native_layout(loaded.config))
+    if recipe.quantise:
+        # The head stays as it is: it has no LoRA to mend what four bits lose.
+        begins = {"language": LAYERS, "tower": "vision_model.encoder.layers."}
+        quantise_layers(loaded.model, [begins[part] for part in recipe.quantise], device)
+        loaded.model.to(device)
+    return loaded, start
 
 
 def continued(recipe: Recipe) -> Path | None:

@@ -20,6 +20,7 @@ from tessella.checkpoint.adapters import MAGNITUDE, state_of
 from tessella.checkpoint.lowrank import Adapter
 from tessella.errors import CheckpointError, ConfigError
 from tessella.model.vision_language import VisionLanguageModel
+from tessella.train.nf4 import Nf4Linear
 from tessella.train.recipe import Recipe
 from tessella.train.recompute import recompute
 
@@ -158,6 +159,8 @@ class LoraLinear(PeftLinear):
         if self.merged or self.disable_adapters or args or kwargs or not plain:
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[NAME].weight, self.lora_B[NAME].weight
+        if isinstance(base, Nf4Linear):
+            return base(x) + F.linear(F.linear(x, a) * self.scaling[NAME], b)
         if not torch.is_grad_enabled():
             return F.linear(x, base.weight, base.bias) + F.linear(F.linear(x, a) * self.scaling[NAME], b)
         out: Tensor = LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[NAME])  # type: ignore[no-untyped-call, unused-ignore]

@@ -32,7 +32,7 @@ def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optim
         )  # fmt: skip
     settings = AdapterSettings(
         base_name(base_of(recipe)), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole,
-        rslora=recipe.rslora, dora=recipe.dora,
+        rslora=recipe.rslora, dora=recipe.dora, quantised=recipe.quantise,
     )  # fmt: skip
     return save_adapter(recipe.output / "adapter", values, settings, force=True)
 

@@ -39,6 +39,9 @@ class WaysFields:
     layers below say of a sample is computed once and kept: with half of the layers a step costs half."""
     tower_lora_targets: tuple[str, ...] = TOWER_TARGETS
     """Linear layers of the tower that get LoRA when tower is "lora"."""
+    quantise: tuple[Literal["language", "tower"], ...] = ()
+    """Parts whose frozen linear layers are kept in four bits (QLoRA, NF4): a quarter of bfloat16's memory, slower steps. The
+    adapter is taught in full precision and belongs on the unquantised base."""
     further: Literal["on_top", "same"] = "on_top"
     """When model is an adapter: "on_top" merges it in memory and teaches a new one that has it as its base; "same" goes on with
     that adapter itself, and what is written replaces it on its own base."""
@@ -89,6 +92,10 @@ class WaysFields:
             raise ConfigError('language is "full", so a whole model is written; teach the projector whole or not at all')
         if self.dora and self.language == "full" and self.tower == "lora":
             raise ConfigError("DoRA on the tower beside a language model that is taught whole is not merged; leave dora out")
+        ways = {"language": self.language, "tower": self.tower}
+        whole = [part for part in self.quantise if ways[part] == "full"]
+        if whole:
+            raise ConfigError(f'quantise names {", ".join(whole)}, which is taught whole, and four bits cannot learn: say "lora"')
         for name in self.recompute:
             part = name.split(".")[0]
             if part == "tower" and self.tower == "frozen":
