@@ -4,6 +4,7 @@ In: samples in the order of the seed.  Out: for each optimizer step its Packs, m
 T tokens of all rows of a pass, L of them learned, S of them visual, N tiles.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -159,6 +160,12 @@ class Steps(Dataset[StepData]):
         self.kept: dict[int, ModelInput] = {}
         self.kept_bytes = 0
         self._order: tuple[int, Sequence[int]] = (-1, [])
+
+    def in_steps_of(self, samples_per_step: int, looks: int) -> "Steps":
+        """The same samples in the same order in steps of another size; the rows that are kept are the same too."""
+        other = copy.copy(self)
+        other.samples_per_step, other.looks = samples_per_step, looks
+        return other
 
     def __len__(self) -> int:
         return -(-self.looks // self.samples_per_step)

@@ -34,6 +34,7 @@ from tessella.train.result import save_result
 from tessella.train.state import Progress, check_same_run, newest, restore_random_state, save, saved
 from tessella.train.streamed import Streamed
 from tessella.train.supply import supply
+from tessella.train.warmup import Warmup
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class Run:
         self.optimiser = Optimiser(taught, recipe, self.total_steps)
         self.passes = Passes(loaded.model, recipe)
         self.held_out = HeldOut(held_out, loaded, self.passes, recipe)
+        count = recipe.projector_warmup_steps  # before _resume, for it always begins at what the model says
+        self.warmup = Warmup(self.steps, loaded, count, self.passes.features) if count else None
         told = self._resume() if recipe.resume else []
         self.stop = Stop(recipe.time_limit_s, started)
         self.log = Log(
@@ -154,6 +157,7 @@ class Run:
     def run(self) -> TrainResult:
         with self.log, self.stop.listening():
             self._tell_start()
+            self._warm_up()
             self._learn()
             reason = self.stop.reason if self.step < self.total_steps else None
             if reason is None and self.evaluated_at != self.step:
@@ -168,6 +172,19 @@ class Run:
                 learning_parameters=self.taught.count(),
                 ledger=asdict(self.ledger),
             )  # fmt: skip
+
+    def _warm_up(self) -> None:
+        """The projector learns alone, where the recipe says so and no step was taken yet."""
+        if self.warmup is None or self.step:
+            return
+        shares = self.warmup.run(lambda: self.stop.reason is not None)
+        if shares is not None:
+            self.optimiser.put(self.warmup.values())
+            first, last = shares
+            self.log.note(
+                0, f"projector warm-up: of {len(self.warmup.names):,} names a picture's own lay nearest {first:.0%} → {last:.0%}"
+            )
+        self.warmup = None  # its copy of the projector and its optimiser's state
 
     def _learn(self) -> None:
         """Steps until the last one, or until we must stop."""

@@ -129,6 +129,13 @@ class Optimiser:
         if self.rounded:
             torch._foreach_copy_([self.parameters[n].data for n in self.rounded], [self.masters[n] for n in self.rounded])
 
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Take these learned values, by their names in an adapter file."""
+        for name, value in values.items():
+            self.masters[name].copy_(value)
+        self._round()
+
     def values(self) -> dict[str, Tensor]:
         """The learned values in float32, by their names in an adapter file."""
         return {name: master.detach() for name, master in self.masters.items()}

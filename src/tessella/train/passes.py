@@ -92,13 +92,21 @@ class Passes:
         device, frozen = self.model.device, self.frozen
         if frozen is None:
             return self.model.visual_tokens(pack.tiles.to(device, non_blocking=True), pack.questions)
+        constant = self.constant(pack, frozen)
+        return constant if self.after is None else self.after(constant, pack.questions)
+
+    def constant(self, pack: Pack, frozen: Look) -> Tensor:
+        """What frozen says of each tile of a pack, kept where the recipe keeps it."""
 
         def ask(some: list[int]) -> Tensor:
             questions = [pack.questions[place] for place in some] if pack.questions else []
-            return frozen(chosen(pack.tiles, some).to(device, non_blocking=True), questions)
+            return frozen(chosen(pack.tiles, some).to(self.model.device, non_blocking=True), questions)
 
-        constant = torch.stack(self.tiles(pack.digests, ask))
-        return constant if self.after is None else self.after(constant, pack.questions)
+        return torch.stack(self.tiles(pack.digests, ask))
+
+    def features(self, pack: Pack) -> Tensor:
+        """What the tower says (N, P, P, C) of a pack's tiles; kept, for a projector that learns sees nothing else."""
+        return self.constant(pack, lambda tiles, _: self.model.features(tiles))
 
 
 def compile_layers(model: VisionLanguageModel) -> None:

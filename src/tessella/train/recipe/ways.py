@@ -52,6 +52,9 @@ class WaysFields:
     """Peak learning rate of the tower; default: learning_rate."""
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; default: learning_rate."""
+    projector_warmup_steps: int = 0
+    """Before all else, steps of 32 pictures in which the projector alone learns to tell the answers' names from each other, as
+    embeddings, without running the language model. For pictures that are called by short names."""
     layer_decay: float = 1.0
     """Each layer's rate is this share of the rate of the layer above it, in language model and tower each; 1: all alike."""
     weight_decay: float = 0.01
@@ -88,6 +91,11 @@ class WaysFields:
         heads = [name for name in (*self.lora_targets, *self.tower_lora_targets) if name.split(".")[-1] in HEADS]
         if heads:
             raise ConfigError(f"lora_targets names {', '.join(heads)}: head and embeddings take no LoRA; leave them out")
+        if self.projector_warmup_steps and (self.projector, self.tower) != ("train", "frozen"):
+            raise ConfigError(
+                f'projector_warmup_steps is {self.projector_warmup_steps}, but projector is "{self.projector}" and tower "{self.tower}"; '
+                'it goes with projector "train" and tower "frozen"'
+            )
         if self.language == "full" and self.projector == "lora":
             raise ConfigError('language is "full", so a whole model is written; teach the projector whole or not at all')
         if self.dora and self.language == "full" and self.tower == "lora":
@@ -124,6 +132,7 @@ WAYS_RANGES = {
     "projector_learning_rate": Bounds(0, 1, above=True),
     "weight_decay": Bounds(0, 1),
     "warmup_share": Bounds(0, 1),
+    "projector_warmup_steps": Bounds(0),
     "max_grad_norm": Bounds(0, above=True),
     "epochs": Bounds(0, 10_000, above=True),
     "max_steps": Bounds(1),
