@@ -14,12 +14,12 @@ from tessella.chat import Message
 from tessella.checkpoint.read import load
 from tessella.errors import ConfigError, DataError
 from tessella.inputs import Picture
+from tessella.train.batch import Steps
 from tessella.train.dataset import Sample
-from tessella.train.lora import prepare
 from tessella.train.loop import TrainResult, train
+from tessella.train.lora import prepare
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
-from tessella.train.batch import Steps
 from tessella.train.warmup import Names, Warmup
 from tiny import tiny_folder
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from tessella.chat import IMAGE_MARK, Message, place_marks
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import load
+from tessella.commands.demo import EPOCHS
 from tessella.errors import ConfigError, DataError
 from tessella.evaluate.metrics import Interval, wilson
 from tessella.evaluate.report import percent, write_html
@@ -50,7 +51,7 @@ class Plan:
     styles: tuple[str, ...] = ()  # to learn from; (): all but test_style
     test_style: str = STYLES[-1]
     foods: int | None = None  # the first so many; None: all
-    epochs: float = 4.0
+    epochs: float = EPOCHS
     learning_rate: float = 1e-3
     output: Path = Path("runs/demo")
     fresh: bool = False

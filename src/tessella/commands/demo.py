@@ -6,6 +6,8 @@ from pathlib import Path
 from tessella.commands.place import Here, Place, Result
 from tessella.foods import STYLES
 
+EPOCHS = 4.0  # stands here, for --help may not import what demo.py does
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -17,7 +19,7 @@ class Demo:
     """Drawing style that is only tested."""
     foods: int | None = None
     """Only the first so many foods; default: all."""
-    epochs: float = 4.0
+    epochs: float = EPOCHS
     """Passes over the pictures."""
     output: Path = Path("runs/demo")
     """Folder of everything the demo makes; a stopped demo goes on there, a finished one is done anew."""

@@ -34,7 +34,9 @@ class Names:
     def __init__(self, samples: Sequence[Sample], loaded: Loaded):
         """Raises DataError when there are not two names to tell apart, or too many to hold, or the data is streamed."""
         if isinstance(samples, Streamed):
-            raise DataError("projector_warmup_steps reads all names before the run, so the data cannot be streamed; leave one out")
+            raise DataError(
+                "projector_warmup_steps reads all names before the run, so the data cannot be streamed; leave one out"
+            )
         number: dict[tuple[int, ...], int] = {}
         self.of: dict[str, tuple[int, ...]] = {}  # place of a sample -> its names
         for sample in samples:

@@ -93,8 +93,8 @@ class WaysFields:
             raise ConfigError(f"lora_targets names {', '.join(heads)}: head and embeddings take no LoRA; leave them out")
         if self.projector_warmup_steps and (self.projector, self.tower) != ("train", "frozen"):
             raise ConfigError(
-                f'projector_warmup_steps is {self.projector_warmup_steps}, but projector is "{self.projector}" and tower "{self.tower}"; '
-                'it goes with projector "train" and tower "frozen"'
+                f"projector_warmup_steps is {self.projector_warmup_steps}, but projector is "
+                f'"{self.projector}" and tower "{self.tower}"; it goes with projector "train" and tower "frozen"'
             )
         if self.language == "full" and self.projector == "lora":
             raise ConfigError('language is "full", so a whole model is written; teach the projector whole or not at all')
