@@ -17,6 +17,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--model", default="tessella-nano")
     words.add_argument("--times", type=int, default=100)
+    words.add_argument("--within-s", type=float, default=120, help="until it must be ready")
     words.add_argument("--json", type=Path)
     wish = words.parse_args()
     port, ready_s, failures = free_port(), [], []
@@ -24,7 +25,7 @@ def main() -> None:
         askers = None
         process, url = start(wish.model, port=port)
         try:
-            ready_s.append(wait_until_ready(process, url))
+            ready_s.append(wait_until_ready(process, url, wish.within_s))
             server = Server(process, url, httpx2.get(f"{url}/v1/models").json()["data"][0]["id"])
             with httpx2.Client(base_url=url, timeout=60) as client:
                 answer = ask(client, question(server, number, 4))

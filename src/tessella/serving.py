@@ -7,8 +7,8 @@ It imports no torch at the top, like cli.py: its flags are read for `tessella --
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -107,9 +107,6 @@ class Serve:
     """Write what was served there, at the end."""
 
     def run(self) -> dict[str, Any]:
-        from tessella.checkpoint.read import load  # torch
-        from tessella.engine.engine import Engine  # torch
-        from tessella.engine.request import EngineSettings  # torch
         from tessella.server.run import serve, take_address  # torch, and the serve extra
 
         adapters = [parse_adapter(text) for text in self.adapter]
@@ -119,45 +116,54 @@ class Serve:
             raise ConfigError("--ui-compare goes with --ui and an adapter: --ui --adapter food=runs/food --ui-compare")
         if self.ui:
             check_extra()
-        with take_address(settings) as taken, ExitStack() as web_chat:
-            loaded = load(self.model, device=self.device, dtype=self.dtype, max_tiles=self.max_tiles)
-            loaded.inputs.limit_megapixels = self.limit_megapixels
-            wanted = EngineSettings(
-                cache_tokens=self.cache_tokens,
-                cache_fraction=self.cache_fraction,
-                max_batch_tokens=self.max_batch_tokens,
-                max_running=self.max_running,
-                max_waiting=self.max_waiting,
+        with take_address(settings) as taken, ExitStack() as web_chat, self.running() as (engine, loaded):
+            port = taken.getsockname()[1]
+
+            def ready() -> None:
+                print(self.greeting(settings, loaded, port), file=sys.stderr, flush=True)
+                if self.ui:
+                    key = settings.keys[0] if settings.keys else None
+                    words = self.chat_words(settings.name, [name for name, _ in adapters])
+                    web_chat.enter_context(beside(reachable(settings.host, port), key, words))
+
+            why = serve(
+                engine,
+                loaded.inputs,
+                settings,
+                lambda name, folder: load_adapter(engine, loaded, name, folder),
+                taken,
+                ready,
+                self.access_log,
             )
-            engine = Engine(loaded.model, loaded.tokenizer, wanted)
-            engine.start()
-            try:
-                for name, folder in adapters:
-                    load_adapter(engine, loaded, name, folder)
-                port = taken.getsockname()[1]
-
-                def ready() -> None:
-                    print(self.greeting(settings, loaded, port), file=sys.stderr, flush=True)
-                    if self.ui:
-                        key = settings.keys[0] if settings.keys else None
-                        words = self.chat_words(settings.name, [name for name, _ in adapters])
-                        web_chat.enter_context(beside(reachable(settings.host, port), key, words))
-
-                why = serve(
-                    engine,
-                    loaded.inputs,
-                    settings,
-                    lambda name, folder: load_adapter(engine, loaded, name, folder),
-                    taken,
-                    ready,
-                    self.access_log,
-                )
-            finally:
-                engine.stop(drain=False)
         state = engine.state()
         if why == "engine":
             raise TessellaError(f"the engine has failed: {state.failure}")
         return {"model": self.model, "answers": state.stopped + state.length, "answer_tokens": state.answer_tokens}
+
+    @contextmanager
+    def running(self) -> "Iterator[tuple[Engine, Loaded]]":
+        """The model with its adapters in an engine that runs for the length of the block. Raises what reading them raises."""
+        from tessella.checkpoint.read import load  # torch
+        from tessella.engine.engine import Engine  # torch
+        from tessella.engine.request import EngineSettings  # torch
+
+        loaded = load(self.model, device=self.device, dtype=self.dtype, max_tiles=self.max_tiles)
+        loaded.inputs.limit_megapixels = self.limit_megapixels
+        wanted = EngineSettings(
+            cache_tokens=self.cache_tokens,
+            cache_fraction=self.cache_fraction,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+        )
+        engine = Engine(loaded.model, loaded.tokenizer, wanted)
+        engine.start()
+        try:
+            for name, folder in map(parse_adapter, self.adapter):
+                load_adapter(engine, loaded, name, folder)
+            yield engine, loaded
+        finally:
+            engine.stop(drain=False)
 
     def settings(self) -> Settings:
         """Raises ConfigError. Prints the key that it made, if it had to make one."""

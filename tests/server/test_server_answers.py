@@ -221,6 +221,23 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(server: Live, body: d
     assert f'"{param}"' in error(answer)["message"]
 
 
+@pytest.mark.parametrize("param", ["stream_options", "top_logprobs", "max_completion_tokens"])
+def test_a_field_that_does_not_go_with_another_is_named_too(server: Live, param: str) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "stream_options": {"stream_options": {"include_usage": True}},
+        "top_logprobs": {"top_logprobs": 2},
+        "max_completion_tokens": {"max_completion_tokens": 3, "max_tokens": 3},
+    }
+    answer = chat(server, **bodies[param])
+    assert (answer.status_code, error(answer)["param"]) == (400, param)
+
+
+def test_more_answers_than_may_wait_are_not_told_to_come_again() -> None:
+    with live(queue=2) as server:
+        answer = chat(server, n=3)
+    assert (answer.status_code, error(answer)["code"]) == (400, "too_many_answers")
+
+
 def test_null_asks_for_nothing(server: Live) -> None:
     message = {"role": "user", "content": "hi", "name": None, "tool_calls": None}
     assert chat(server, messages=[message], tools=None, user=None, stop=None).status_code == 200
@@ -235,7 +252,8 @@ def test_null_asks_for_nothing(server: Live) -> None:
         ({"messages": [{"role": "user", "content": "rice " * 9000}]}, "at most 4,096"),
         ({"max_tokens": 5000}, r"ask for an answer of at most .* \(max_tokens\)"),
         ({"n": 17}, "at most 16"),
-        ({"stop": [str(i) for i in range(17)]}, "at most 16 items"),
+        ({"stop": [str(i) for i in range(17)]}, "must have at most 16 items, not 17"),
+        ({"store": True}, '"store" is not served; take it out, or send false'),
         ({"stream_options": {"include_usage": True}}, "go with stream"),
         ({"top_logprobs": 2}, "goes with logprobs"),
         ({"max_completion_tokens": 3}, "say the same"),

@@ -163,8 +163,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     async def no_such_route(_: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        what = "there is no such address" if error.status_code == 404 else "the address does not take that method"
-        refusal = Refusal(error.status_code, f"{what}; /docs lists them", code="not_found")
+        known = error.status_code != 404
+        what = "the address does not take that method" if known else "there is no such address"
+        refusal = Refusal(error.status_code, f"{what}; /docs lists them", code="method_not_allowed" if known else "not_found")
         refusal.headers |= error.headers or {}
         return tell(refusal)
 

@@ -126,10 +126,9 @@ class Service:
     def _answers(self, wish: Drawing, prompts: int) -> int:
         """How many answers are asked for. Raises Refusal 400 for too many, 429 when the queue could not take them."""
         answers = (wish.n or 1) * prompts
-        if answers > self.settings.answers:
-            raise Refusal(
-                400, f"{answers} answers; at most {self.settings.answers} a request", param="n", code="too_many_answers"
-            )
+        most = min(self.settings.answers, self.settings.queue)  # more than may wait could never be taken
+        if answers > most:
+            raise Refusal(400, f"{answers} answers; at most {most} a request", param="n", code="too_many_answers")
         if self.engine.state().waiting >= self.settings.queue:  # told before any picture is opened
             raise queue_full()
         return answers

@@ -5,6 +5,7 @@ Fields of OpenAI's that are known and not served stand here as None: null asks f
 Source: OpenAI's API reference for chat completions; top_k, min_p, repetition_penalty and stop_token_ids as vLLM names them.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
@@ -102,6 +103,11 @@ class StreamOptions(Wire):
     include_usage: bool = Field(False, description="The last chunk carries the usage.")
 
 
+def combination(field: str, what: str) -> pydantic_core.PydanticCustomError:
+    """A field that does not go with another; _refusal puts its name before what."""
+    return pydantic_core.PydanticCustomError("combination", "{what}", {"field": field, "what": what})
+
+
 class Drawing(Wire):
     """How an answer is drawn; what both kinds of completions share."""
 
@@ -133,7 +139,7 @@ class Drawing(Wire):
     @model_validator(mode="after")
     def options_need_a_stream(self) -> "Drawing":
         if self.stream_options is not None and not self.stream:
-            raise pydantic_core.PydanticCustomError("combination", "stream_options go with stream: true")
+            raise combination("stream_options", "go with stream: true")
         return self
 
     def stops(self) -> tuple[str, ...]:
@@ -162,9 +168,9 @@ class ChatRequest(Drawing):
     @model_validator(mode="after")
     def fields_agree(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise pydantic_core.PydanticCustomError("combination", "top_logprobs goes with logprobs: true")
+            raise combination("top_logprobs", "goes with logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise pydantic_core.PydanticCustomError("combination", "max_tokens and max_completion_tokens say the same; send one")
+            raise combination("max_completion_tokens", "and max_tokens say the same; send one")
         return self
 
 
@@ -200,8 +206,13 @@ def _refusal(error: ValidationError, body: bytes) -> Refusal:
     faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     if first["type"] == "json_invalid":
-        return Refusal(400, "the body is no JSON that we can read (broken, not UTF-8, or deeper than 200); send one object")
-    path = _path(first["loc"], pydantic_core.from_json(body), first["type"] == "missing")
+        message = "the body is no JSON that we can read (broken, not UTF-8, or deeper than 200); send one object"
+        return Refusal(400, message, code="invalid_json")
+    path = (
+        first["ctx"]["field"]
+        if first["type"] == "combination"
+        else _path(first["loc"], pydantic_core.from_json(body), first["type"] == "missing")
+    )
     message = _sentence(path, first["type"], first["msg"], first.get("ctx", {}))
     if len(faults) > 1:
         message += f" ({len(faults) - 1} more like this)" if len(faults) > 2 else " (and one more)"
@@ -232,11 +243,16 @@ def _sentence(path: str, kind: str, message: str, context: dict[str, Any]) -> st
             return f'there is no field "{path}"; take it out (/openapi.json lists what is served)'
         case "none_required":
             return f'"{path}" is not served; take it out'
+        case "literal_error" if context.get("expected") == "False":
+            return f'"{path}" is not served; take it out, or send false'
+        case "combination":
+            return f'"{path}" {message}'
         case "missing":
             return f'"{path}" is missing; send it'
         case "union_tag_invalid":
             return f'"{path}" is of a kind that is not served; there are {context.get("expected_tags", "others")}'
         case "model_type" | "model_attributes_type" | "dict_type" if not path:
             return "the body must be one JSON object"
-    words = message.replace("Input should", "must", 1).replace("must be ", "must be ", 1)
+    words = message.replace("Input should", "must", 1).replace(" after validation", "", 1)
+    words = re.sub("^(List|String|Dictionary) should", "must", words)
     return f'"{path}": {words}' if path else words
