@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tessella"
 FLOORS = {
     "errors": 0,
     "geometry": 0,
+    "routes": 0,
     "files": 1,
     "config": 1,
     "image": 1,

@@ -57,6 +57,7 @@ class ModelInput:
     digests: tuple[str, ...]  # of each tile's pixels: all slots bear one id, so a cache must tell pictures apart by these
     windows: tuple[Window, ...] = ()  # of each picture, where the tile rule pads a grid
     questions: tuple[tuple[int, ...], ...] = ()  # of each tile, where the connector reads them: ids of the turn it is shown in
+    queries: Tensor | None = None  # (T,) int64: which super-link query stands here, else -1; None where there is none
 
     def __post_init__(self) -> None:
         assert len(self.digests) == len(self.tiles), "each tile has a digest"
@@ -129,7 +130,7 @@ class Inputs:
         pieces = self._pieces(messages, len(pictures), open_turn)
         sizes = [read_size(picture.source, limit_megapixels=self.limit_megapixels) for picture in pictures]
         limits = [picture.max_tiles for picture in pictures]
-        ids, learn = self._ids(pieces, self._slots_of_each(sizes, limits))
+        ids, learn, queries = self._ids(pieces, self._slots_of_each(sizes, limits))
         if len(ids) + room > self.context_tokens:  # told before a pixel is decoded
             raise ContextError(self._too_long(len(ids), sizes, limits, room))
         cut = [self._cut(picture) for picture in pictures]
@@ -148,6 +149,7 @@ class Inputs:
             digests=with_questions([digest for one in cut for digest in one.digests], questions),
             windows=tuple(window for window in windows if window is not None),
             questions=questions,
+            queries=torch.tensor(queries, dtype=torch.int64) if max(queries, default=-1) >= 0 else None,
         )
 
     def build_text(self, text: str, *, room: int = 0) -> ModelInput:
@@ -224,19 +226,23 @@ class Inputs:
         caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
         return [self.slots_of(*size, most) for size, most in zip(sizes, caps, strict=True)]
 
-    def _ids(self, pieces: Sequence[Piece], slot_counts: Sequence[int]) -> tuple[list[int], list[bool]]:
-        """Ids and learn flags of the whole prompt."""
+    def _ids(self, pieces: Sequence[Piece], slot_counts: Sequence[int]) -> tuple[list[int], list[bool], list[int]]:
+        """Ids, learn flags and super-link queries (-1: none) of the whole prompt."""
         bos = self.tokenizer.bos_id
         begin = [bos] if self.template.add_bos and bos is not None else []
         late = bool(pieces) and self.template.picture_before_bos and pieces[0].kind == "image"
         ids = [] if late else begin
-        learn = [False] * len(ids)
+        learn, queries = [False] * len(ids), [-1] * len(ids)
         counts = iter(slot_counts)
         stripping = False  # behind a token that drops the white space after it
         for piece in _joined(pieces):
             if piece.kind == "text":
                 text = piece.text.lstrip() if stripping else piece.text
                 stripping = stripping and not text
+                if piece.learn and self.tokenizer.routes:  # what the model says itself: only there is [DET] a token
+                    new, own_learn, own_queries = spoken(self.tokenizer, text)
+                    ids, learn, queries = ids + new, learn + own_learn, queries + own_queries
+                    continue
                 new = self.tokenizer.encode(text)
             elif piece.kind == "control":
                 stripping = self.tokenizer.strips_after(piece.text)
@@ -247,7 +253,8 @@ class Inputs:
                 late = False
             ids += new
             learn += [piece.learn] * len(new)
-        return ids, learn
+            queries += [-1] * len(new)
+        return ids, learn, queries
 
     def _cut(self, picture: Picture) -> Tiles:
         image = open_image(picture.source, limit_megapixels=self.limit_megapixels)
@@ -281,6 +288,26 @@ def with_questions(digests: Sequence[str], questions: Sequence[tuple[int, ...]])
         return tuple(digests)
     pairs = zip(digests, questions, strict=True)
     return tuple(hashlib.sha256(f"{digest} {question}".encode()).hexdigest() for digest, question in pairs)
+
+
+def spoken(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[bool], list[int]]:
+    """Ids, learn flags and queries of the model's own words: behind a routing token stand its queries, which nobody learns to say.
+
+    A query's place bears the id of its token; what is read there is the query.
+    """
+    ids: list[int] = []
+    learn: list[bool] = []
+    queries: list[int] = []
+    for index, part in enumerate(tokenizer.routes.split(text)):
+        if index % 2 == 0:
+            new = tokenizer.encode(part)
+            ids, learn, queries = ids + new, learn + [True] * len(new), queries + [-1] * len(new)
+            continue
+        route = tokenizer.routes.named(part)
+        ids += [route.token_id] * (1 + route.queries)
+        learn += [True] + [False] * route.queries
+        queries += [-1, *range(route.first, route.first + route.queries)]
+    return ids, learn, queries
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

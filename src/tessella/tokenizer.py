@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from tessella.errors import CheckpointError, PromptError
+from tessella.routes import Routes
 
 GROUNDING = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 # Qwen2Tokenizer of transformers: how text is split before byte-level BPE.
@@ -53,10 +54,14 @@ class Added:
 
 
 class Tokenizer:
-    """Text <-> ids of one model. bos_id: the id that this family puts in front of a prompt, None if it puts none."""
+    """Text <-> ids of one model. bos_id: the id that this family puts in front of a prompt, None if it puts none.
 
-    def __init__(self, vocabulary: Vocabulary, added: Mapping[int, Added], bos_id: int | None):
+    routes: tokens behind the vocabulary that only the model itself says; vocab_size does not count them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, added: Mapping[int, Added], bos_id: int | None, routes: Routes | None = None):
         self.bos_id = bos_id
+        self.routes = routes or Routes()
         self._vocabulary = vocabulary
         self._added = dict(added)
         self._ids = {token.name: token_id for token_id, token in added.items()}
@@ -64,6 +69,7 @@ class Tokenizer:
             twice = next(token.name for token_id, token in added.items() if self._ids[token.name] != token_id)
             raise CheckpointError(f'the tokenizer gives two ids to "{twice}"; copy the tokenizer files from the base model again')
         self.vocab_size = max([vocabulary.size, *(token_id + 1 for token_id in added)])
+        self._said = {route.token_id: route.name.encode() for route in self.routes.each}
         grounding = [name for name in GROUNDING if name in self._ids]
         self._grounding = re.compile(f"({'|'.join(map(re.escape, grounding))})") if grounding else None
         # A vocabulary may hold an added token as a plain piece: InternLM2's <|im_end|> is its "[UNUSED_TOKEN_145]".
@@ -92,6 +98,15 @@ class Tokenizer:
         raise CheckpointError(
             f"{folder} holds no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; copy the base model's"
         )
+
+    def with_routes(self, routes: Routes) -> "Tokenizer":
+        """The same tokenizer of a model that has these routing tokens. Raises CheckpointError when their ids are taken."""
+        if routes and routes.first_id < self.vocab_size:
+            raise CheckpointError(
+                f"routing tokens begin at the id {routes.first_id:,}, but the tokenizer has {self.vocab_size:,} tokens; "
+                "the routing/ folder is of another model"
+            )
+        return Tokenizer(self._vocabulary, self._added, self.bos_id, routes)
 
     def encode(self, text: str, *, grounding: bool = True) -> list[int]:
         """Ordinary text -> ids. Added tokens in it stay text, but <ref>, <box>, <quad> and their ends are meant when grounding.
@@ -157,6 +172,8 @@ class Tokenizer:
 
     def bytes_of(self, token_id: int, skip_special: bool, keep_grounding: bool) -> bytes:
         """What one id stands for in the text; b"" for a special token that is left out."""
+        if token_id in self._said:
+            return self._said[token_id]
         token = self._added.get(token_id)
         if token is not None:
             left_out = not keep_grounding if token.name in GROUNDING else token.special

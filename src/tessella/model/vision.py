@@ -6,6 +6,8 @@ are mapped by checkpoint/names.py.
 Source: modeling_intern_vit.py of OpenGVLab/InternVL at 2410d1d; modeling_clip.py of huggingface/transformers at 5.23.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,3 +139,15 @@ class VisionTower(nn.Module):
             x = self.post_norm(x)
         side = tiles.shape[-1] // self.config.patch_size_px
         return x if self.config.keep_class_token else x[:, 1:].unflatten(1, (-1, side))
+
+    def levels(self, tiles: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """tiles (N, 3, S, S), normalised -> features (N, P, P, C) after some layers, not normed; layers rise, counted like
+        hidden states. For decoders that want more than the last word.
+        """
+        x, found = self.pre_norm(self.embeddings(tiles)), []
+        side = tiles.shape[-1] // self.config.patch_size_px
+        for number, layer in enumerate(self.encoder.layers[: max(layers)], 1):
+            x = layer(x)
+            if number in layers:
+                found.append(x[:, 1:].unflatten(1, (-1, side)))
+        return found
