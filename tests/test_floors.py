@@ -26,6 +26,7 @@ FLOORS = {
     "foods": 1,
     "model": 2,
     "inputs": 2,
+    "scenes": 2,
     "generate": 3,
     "engine": 3,
     "checkpoint": 3,

@@ -291,7 +291,7 @@ def with_questions(digests: Sequence[str], questions: Sequence[tuple[int, ...]])
 
 
 def spoken(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[bool], list[int]]:
-    """Ids, learn flags and queries of the model's own words: behind a routing token stand its queries, which nobody learns to say.
+    """Ids, learn flags and queries of the model's own words: behind a routing token stand its queries, which are not learned.
 
     A query's place bears the id of its token; what is read there is the query.
     """

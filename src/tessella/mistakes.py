@@ -36,6 +36,9 @@ OPTIONAL |= dict.fromkeys(
 OPTIONAL |= dict.fromkeys(("gradio", "markdown_it"), "the web chat needs the ui extra: pip install 'tessella[ui]'")
 OPTIONAL |= dict.fromkeys(("av", "pyarrow"), "videos and parquet need the data extra: pip install 'tessella[data]'")
 OPTIONAL["datasets"] = "hf:NAME needs it: pip install datasets"
+OPTIONAL |= dict.fromkeys(
+    ("scipy", "pycocotools", "diffusers"), "boxes, masks and pictures need the multitask extra: pip install 'tessella[multitask]'"
+)
 OPTIONAL["httpx2"] = "serving and the web chat need their extras: pip install 'tessella[serve,ui]'"
 
 

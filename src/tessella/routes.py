@@ -11,7 +11,7 @@ from typing import Literal
 
 Kind = Literal["boxes", "pictures"]
 
-# [DET] every object of a class, [GRD] the one that is described, [SEG] the same as outlines, [GEN] a new picture, [EDIT] a changed one.
+# [DET] every object of a class, [GRD] the one that is described, [SEG] outlines, [GEN] a new picture, [EDIT] a changed one.
 KINDS: dict[str, Kind] = {"[DET]": "boxes", "[GRD]": "boxes", "[SEG]": "boxes", "[GEN]": "pictures", "[EDIT]": "pictures"}
 QUERIES: dict[Kind, int] = {"boxes": 4, "pictures": 64}  # super-link queries behind a token
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tessella.checkpoint.folder import new_folder
 from tessella.checkpoint.lowrank import Adapter, Pair
+from tessella.checkpoint.routing import routing_in
 from tessella.checkpoint.weights import Weights, entries_of, some, write_file
 from tessella.errors import CheckpointError
 
@@ -80,7 +81,7 @@ def read_adapter(folder: Path) -> Adapter:
     if bare:
         says = "use_dora, but the weights hold no" if raw.get("use_dora") else "no use_dora, but the weights hold a"
         raise CheckpointError(f"{folder / CONFIG} says {says} lora_magnitude_vector of {some(bare)}; write the adapter again")
-    if not pairs and not whole:
+    if not pairs and not whole and routing_in(folder) is None:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensors; teach the adapter again")
     return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), pairs, whole, _quantised(folder))
 
@@ -192,11 +193,23 @@ def state_of(adapter: Adapter) -> dict[str, Tensor]:
     return state | adapter.whole
 
 
-def save_adapter(folder: Path, state: Mapping[str, Tensor], settings: AdapterSettings, *, force: bool = False) -> Path:
-    """Write an adapter folder whole or not at all. state: see write_adapter_files. Raises CheckpointError."""
+def save_adapter(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    settings: AdapterSettings,
+    *,
+    force: bool = False,
+    beside: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write an adapter folder whole or not at all. state: see write_adapter_files.  beside: writes more into the folder.
+
+    Raises CheckpointError.
+    """
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     with new_folder(folder, num_bytes=num_bytes + 2**20, force=force) as aside:
         write_adapter_files(aside, state, settings)
+        if beside is not None:
+            beside(aside)
     return folder
 
 

@@ -8,6 +8,7 @@ table; when it differs, the weights are believed and the model is read as untied
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -33,11 +34,13 @@ from tessella.checkpoint.names import (
     stored_shapes,
 )
 from tessella.checkpoint.published import HUB, PUBLISHED
+from tessella.checkpoint.routing import last_routing, read_routing
 from tessella.checkpoint.weights import Weights, open_weights, some
 from tessella.config import LanguageConfig, ModelConfig, layout_name, model_config, read_config_json
 from tessella.errors import CheckpointError, DownloadError, MemoryError_
 from tessella.inputs import Inputs
 from tessella.model.device import choose_device, choose_dtype
+from tessella.model.routing import Routing
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
 
@@ -85,7 +88,20 @@ def load(
         else:
             merge_adapter(model, reduce(combined, fitted))
     inputs = Inputs.load(folder, model.config, max_tiles=max_tiles, system=system)
-    return Loaded(model, inputs.tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
+    loaded = Loaded(model, inputs.tokenizer, inputs, model.config, folder, unused, inputs.stop_ids)
+    beside = last_routing((folder, *adapters))
+    if beside is not None:
+        language = model.config.language
+        use_routing(loaded, read_routing(beside, language.vocab_size, language.hidden_size).to(where))
+    return loaded
+
+
+def use_routing(loaded: Loaded, routing: Routing) -> None:
+    """The model, its tokenizer and its inputs know the routing tokens from here on."""
+    loaded.model.routing = routing
+    loaded.tokenizer = loaded.tokenizer.with_routes(routing.routes)
+    loaded.inputs = copy(loaded.inputs)  # an Inputs that somebody holds stays as it was
+    loaded.inputs.tokenizer = loaded.tokenizer
 
 
 def find_model(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessella.engine.core import Core
 from tessella.engine.request import EngineSettings, EngineState, LowRank, OnPiece, Request
-from tessella.errors import EngineError, QueueFull, TessellaError
+from tessella.errors import ConfigError, EngineError, QueueFull, TessellaError
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
 
@@ -43,6 +43,11 @@ class Engine:
     """
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, settings: EngineSettings | None = None):
+        if model.routing is not None:
+            raise ConfigError(
+                "the engine does not run the super-link queries behind routing tokens, and this model has them; ask it with "
+                "tessella chat, or move its routing/ folder away to serve its text alone"
+            )
         self._core = Core(model, tokenizer, settings or EngineSettings())
         self.longest_row = self._core.longest_row
         self._lock = threading.Lock()  # over what submit and stop decide together

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tessella.errors import DataError, ImageError, PromptError
+from tessella.generate import queries_of
 from tessella.geometry import Window
 from tessella.image import open_image
 from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.train.augment import augment, may_mirror
 from tessella.train.dataset import Sample
+from tessella.train.multitask.rows import Placed, build_request, build_taught, placed
 from tessella.train.streamed import Streamed
 
 KEPT_BYTES = 1 << 30  # of built rows, kept for later epochs when pictures are not augmented
@@ -40,11 +42,14 @@ class Pack:
     keys: tuple[str, ...]  # of each row: equal for rows that are equal in every token and pixel
     windows: tuple[tuple[Window, ...], ...]  # of each row's pictures, where the tile rule pads a grid
     questions: tuple[tuple[int, ...], ...] = ()  # of each tile, where the connector reads them
+    queries: Tensor | None = None  # (T,) int64: the super-link query of each place, else -1; None where there is none
+    placed: tuple[Placed, ...] = ()  # what decoders are to find behind which routing tokens
 
     def to(self, device: torch.device) -> "Pack":
         """On a device; the tiles stay where they are until somebody asks for them (a frozen tower may not)."""
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[:5]}
-        return replace(self, **moved)
+        queries = None if self.queries is None else self.queries.to(device, non_blocking=True)
+        return replace(self, **moved, queries=queries)
 
     def pin_memory(self) -> "Pack":
         """In page-locked memory, from which a GPU copies while it computes. Called by the DataLoader."""
@@ -68,6 +73,7 @@ class Pack:
             keys=self.keys[index : index + 1],
             windows=self.windows[index : index + 1],
             questions=self.questions[tile:last],
+            queries=None if self.queries is None else self.queries[start:end],
         )
 
 
@@ -86,6 +92,11 @@ class StepData:
     @property
     def learned(self) -> int:
         return sum(len(pack.targets) for pack in self.packs)
+
+    @property
+    def routed(self) -> int:
+        """Rows that a decoder learns from."""
+        return sum(len({one.row for one in pack.placed}) for pack in self.packs)
 
     def pin_memory(self) -> "StepData":
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])
@@ -122,6 +133,8 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
         keys=tuple(key_of(row) for row in rows),
         windows=tuple(row.windows for row in rows),
         questions=tuple(question for row in rows for question in row.questions),
+        queries=queries_of(rows, torch.device("cpu")),
+        placed=placed(rows),
     )
 
 
@@ -131,6 +144,8 @@ def key_of(row: ModelInput) -> str:
     for tile in row.digests:
         digest.update(tile.encode())
     digest.update(repr(row.windows).encode())
+    if row.queries is not None:
+        digest.update(row.queries.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -198,11 +213,13 @@ class Steps(Dataset[StepData]):
         if index in self.kept:
             return self.kept[index]
         sample = self.samples[index]
+        if sample.request is not None:
+            return build_request(self.inputs, sample.request)
         pictures = sample.pictures
         changes = self.augmentation != "none" or sample.jpeg
         if changes:
             pictures = tuple(self._look(picture, sample, epoch, n) for n, picture in enumerate(pictures))
-        row = self.inputs.build(sample.messages, pictures, open_turn=False)
+        row = build_taught(self.inputs, sample.messages, pictures, sample.truths)
         size = row.tiles.numel() + 16 * len(row)
         if not changes and self.kept_bytes + size <= KEPT_BYTES:
             self.kept[index] = row

@@ -8,7 +8,8 @@ from pathlib import Path
 from tessella.checkpoint.adapters import is_adapter, learned_in, read_adapter, read_adapter_config
 from tessella.checkpoint.lowrank import Adapter, fit
 from tessella.checkpoint.names import native_layout
-from tessella.checkpoint.read import Loaded, load
+from tessella.checkpoint.read import Loaded, load, use_routing
+from tessella.checkpoint.routing import read_routing, routing_in
 from tessella.errors import ConfigError
 from tessella.model.device import choose_device, choose_dtype
 from tessella.train.lora import LAYERS
@@ -27,7 +28,12 @@ def load_to_teach(recipe: Recipe) -> tuple[Loaded, Adapter | None]:
     loaded = load(base_of(recipe), device=first, dtype=dtype, max_tiles=recipe.max_tiles, system=recipe.system)
     folder, start = continued(recipe), None
     if folder is not None:
-        shapes = {name: tuple(weight.shape) for name, weight in loaded.model.named_parameters()}
+        beside = routing_in(folder)
+        if beside is not None:
+            language = loaded.config.language
+            use_routing(loaded, read_routing(beside, language.vocab_size, language.hidden_size).to(loaded.model.device))
+        named = loaded.model.named_parameters()
+        shapes = {name: tuple(weight.shape) for name, weight in named if not name.startswith("routing.")}
         start = fit(read_adapter(folder), shapes, loaded.config.language, native_layout(loaded.config))
     if recipe.quantise:
         # The head stays as it is: it has no LoRA to mend what four bits lose.

@@ -27,6 +27,7 @@ from tessella.train.dataset import Ledger, Sample
 from tessella.train.limits import Stop, memory_told
 from tessella.train.log import Event, Log
 from tessella.train.lora import Taught, prepare
+from tessella.train.multitask.teach import attach
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import HeldOut, Passes
 from tessella.train.recipe import Recipe
@@ -78,6 +79,7 @@ def train(
         loaded.config, loaded.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system,
         limit_megapixels=recipe.limit_megapixels, questions=loaded.inputs.questions,
     )  # fmt: skip
+    attach(loaded, recipe)
     ledger = Ledger(used=len(samples or ()) + len(held_out or ()))
     if samples is None:
         data = supply(recipe, loaded.inputs)
@@ -250,7 +252,7 @@ class Run:
                 return False
             if not len(pack.targets):
                 continue
-            loss = self.passes.loss(pack) / data.learned
+            loss = self.passes.share(pack, data)
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
             self.optimiser.accumulate()
             total += loss.detach()

@@ -24,7 +24,7 @@ from tessella.train.nf4 import Nf4Linear
 from tessella.train.recipe import Recipe
 from tessella.train.recompute import recompute
 
-PARTS = {"language": "language_model.", "tower": "vision_model.", "projector": "mlp1."}
+PARTS = {"language": "language_model.", "tower": "vision_model.", "projector": "mlp1.", "decoders": "routing."}
 NAME = "default"  # PEFT's name of the one adapter; not in the file
 LAYERS = "language_model.model.layers."
 # What InternLM2 and Phi-3 call their fused layers -> the layers that they are here.
@@ -43,7 +43,7 @@ class Taught:
     has_lora: bool
 
     def part_of(self, name: str) -> str:
-        """ "language", "tower" or "projector"."""
+        """ "language", "tower", "projector" or "decoders"."""
         return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
 
     def count(self) -> int:
@@ -68,9 +68,11 @@ def prepare(model: VisionLanguageModel, recipe: Recipe, start: Adapter | None = 
     whole = [PARTS[part].removesuffix(".") for part in PARTS if getattr(recipe, part) in ("full", "train")]
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
+    if model.routing is not None and recipe.decoders:
+        model.routing.requires_grad_(True)
     learning = {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     if start is not None:
-        begin_at(learning, start, recipe)
+        begin_at({name: p for name, p in learning.items() if not name.startswith(PARTS["decoders"])}, start, recipe)
     recompute(model, recipe.recompute)
     return Taught(learning, tuple(whole), bool(targets))
 

@@ -32,8 +32,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def peak_of(part: str, recipe: Recipe) -> float:
-    """The peak learning rate of "language", "tower" or "projector"."""
+    """The peak learning rate of "language", "tower", "projector" or "decoders"."""
     own = {"tower": recipe.tower_learning_rate, "projector": recipe.projector_learning_rate}
+    own |= {"decoders": recipe.decoder_learning_rate}
     return own.get(part) or recipe.learning_rate
 
 

@@ -17,11 +17,13 @@ from tessella.inputs import ModelInput
 from tessella.model.attend import Attend, Causal
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.sampling import SamplingParams
-from tessella.train.batch import Pack, pack_all
+from tessella.train.batch import Pack, StepData, pack_all
 from tessella.train.dataset import Sample
 from tessella.train.features import Kept, chosen
 from tessella.train.limits import Stop
 from tessella.train.lora import lowest_taught
+from tessella.train.multitask.rows import build_taught
+from tessella.train.multitask.teach import Decoders, View
 from tessella.train.recipe import Recipe
 
 MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
@@ -43,7 +45,9 @@ class Passes:
         self.frozen: Look | None = None  # what is constant of a tile (and its question): features, or visual tokens
         self.after: Look | None = None  # what still learns behind it
         still = recipe.tower == recipe.projector == "frozen"
-        self.lowest = lowest_taught(model, recipe) if still and recipe.language == "lora" else 0  # layers that are constant
+        constant = still and recipe.language == "lora" and not recipe.decoders  # queries learn below all layers
+        self.lowest = lowest_taught(model, recipe) if constant else 0  # layers that are constant
+        self.decoders = Decoders(model, recipe)
         if recipe.tower == "frozen":
             self.frozen = model.visual_tokens if still else lambda tiles, _: model.features(tiles)
             self.after = None if still else model.mlp1
@@ -57,11 +61,26 @@ class Passes:
     def loss(self, pack: Pack) -> Tensor:
         """Cross-entropy summed over the learned tokens of a pack, a scalar; logits are made at these L positions alone."""
         pack = pack.to(self.model.device)
+        return self._text_loss(self.hidden(pack), pack)
+
+    def share(self, pack: Pack, step: StepData) -> Tensor:
+        """What a pack adds to the loss of its step: a mean over its learned tokens, and the decoders' over its routed rows."""
+        pack = pack.to(self.model.device)
+        hidden = self.hidden(pack)
+        loss = self._text_loss(hidden, pack) / step.learned
+        if not pack.placed:
+            return loss
+        return loss + self.decoders.loss(View(hidden, pack.tiles, pack.tiles_of), pack.placed) / step.routed
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """The hidden states (T, D) of a pack that lies on the device."""
         if self.lowest:
             states = torch.cat(self.rows(pack.keys, lambda places: [self.below(pack.row(place)) for place in places]))
         else:
             states = self.embed(pack)
-        hidden = self.model.language_model(states, pack.positions, self.attend(pack), max(pack.lengths), first=self.lowest)
+        return self.model.language_model(states, pack.positions, self.attend(pack), max(pack.lengths), first=self.lowest)
+
+    def _text_loss(self, hidden: Tensor, pack: Pack) -> Tensor:
         logits = self.model.logits(hidden.index_select(0, pack.predict))
         return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
 
@@ -72,7 +91,7 @@ class Passes:
 
     def embed(self, pack: Pack) -> Tensor:
         """The embeddings (T, D) of a pack, visual tokens in their slots."""
-        embeddings = self.model.language_model.embed(pack.ids)
+        embeddings = self.model.embed_text(pack.ids, pack.queries)
         visual = self.see(pack)
         if visual is None:
             return embeddings
@@ -143,7 +162,7 @@ class HeldOut:
         rows, good = [], []
         for sample in self.samples:
             try:
-                rows.append(self.loaded.inputs.build(sample.messages, sample.pictures, open_turn=False))
+                rows.append(build_taught(self.loaded.inputs, sample.messages, sample.pictures, sample.truths))
                 good.append(sample)
             except (ImageError, PromptError):  # told by the number of held-out samples in each report
                 continue

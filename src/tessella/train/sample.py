@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from tessella.chat import Message
 from tessella.geometry import Size
 from tessella.inputs import Picture
+from tessella.scenes.requests import Request
+from tessella.scenes.truth import Truth
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Sample:
     tokens: int = 0  # prompt, pictures and answers; 0 when not measured
     repeat: float = 1.0  # how often it is seen in an epoch, where the data itself says so
     jpeg: bool = False  # its pictures are compressed anew at each look
+    truths: tuple[Truth, ...] = ()  # behind each routing token of the answers, in order
+    request: Request | None = None  # a scene that is composed when it is learned from: messages and pictures come of it
 
     @property
     def question(self) -> str:

@@ -8,12 +8,15 @@ from dataclasses import replace
 from tessella.inputs import Inputs
 from tessella.train.augment import may_mirror
 from tessella.train.dataset import Ledger, RecipeData, read_recipe_data
+from tessella.train.multitask.samples import with_scenes
 from tessella.train.recipe import Recipe
 from tessella.train.streamed import Streamed
 
 
 def supply(recipe: Recipe, inputs: Inputs) -> RecipeData:
     """What a run learns from. Raises DataError as read_dataset does."""
+    if recipe.scenes:
+        return with_scenes(recipe, inputs)
     if not recipe.stream:
         data = read_recipe_data(recipe, inputs)
         data.ledger.notes += _not_mirrored(recipe, data)

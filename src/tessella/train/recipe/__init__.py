@@ -2,7 +2,7 @@
 
 In: a TOML file (flat, one key a field) and what the command line overrides.  Out: Recipe.
 Each field is also a flag of `tessella finetune`; its docstring is the flag's help.  Paths are relative to where the command runs.
-The fields stand in data.py, ways.py and run.py, each with its bounds.
+The fields stand in data.py, ways.py, routing.py and run.py, each with its bounds.
 """
 
 import difflib
@@ -16,17 +16,18 @@ from typing import Any, get_type_hints
 
 from tessella.errors import ConfigError
 from tessella.train.recipe.data import DATA_FREE_ON_RESUME, DATA_RANGES, DataFields
+from tessella.train.recipe.routing import ROUTING_RANGES, RoutingFields
 from tessella.train.recipe.run import RUN_FREE_ON_RESUME, RUN_RANGES, RunFields
 from tessella.train.recipe.values import alternatives, check_type, from_toml, plain, toml
 from tessella.train.recipe.ways import WAYS_FREE_ON_RESUME, WAYS_RANGES, WaysFields
 
-RANGES = {**DATA_RANGES, **WAYS_RANGES, **RUN_RANGES}
+RANGES = {**DATA_RANGES, **WAYS_RANGES, **ROUTING_RANGES, **RUN_RANGES}
 # May differ between a run and its resumption: where it runs, how it is cut into passes, what is written.
 FREE_ON_RESUME = frozenset((*DATA_FREE_ON_RESUME, *WAYS_FREE_ON_RESUME, *RUN_FREE_ON_RESUME))
 
 
 @dataclass(frozen=True)
-class Recipe(RunFields, WaysFields, DataFields):  # the fields of the last come first
+class Recipe(RunFields, RoutingFields, WaysFields, DataFields):  # the fields of the last come first
     """What to teach, from what, and how."""
 
     def __post_init__(self) -> None:
@@ -38,7 +39,8 @@ class Recipe(RunFields, WaysFields, DataFields):  # the fields of the last come 
         for name, bounds in RANGES.items():
             bounds.check(name, getattr(self, name))
         self.check_data()
-        self.check_ways()
+        self.check_ways(only_decoders=bool(self.decoders))
+        self.check_routing()
 
     def settled(self) -> dict[str, Any]:
         """The fields that must not change on resume, as plain JSON values."""

@@ -84,8 +84,8 @@ class WaysFields:
     seed: int = 0
     """Seed of order, initial LoRA, dropout, augmentation and the held-out split."""
 
-    def check_ways(self) -> None:
-        """Raise ConfigError for what no bound and no type catches."""
+    def check_ways(self, *, only_decoders: bool = False) -> None:
+        """Raise ConfigError for what no bound and no type catches. only_decoders: decoders learn, and may learn alone."""
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}, each must be in [0, 1)")
         heads = [name for name in (*self.lora_targets, *self.tower_lora_targets) if name.split(".")[-1] in HEADS]
@@ -112,7 +112,7 @@ class WaysFields:
                 raise ConfigError(f'recompute names "{part}" and "{name}", which lies in it; name one')
         if (self.language == "lora" and not self.lora_targets) or (self.tower == "lora" and not self.tower_lora_targets):
             raise ConfigError('LoRA is asked for, but its targets are empty; name some, or choose "frozen"')
-        if (self.language, self.tower, self.projector) == ("frozen", "frozen", "frozen"):
+        if (self.language, self.tower, self.projector) == ("frozen", "frozen", "frozen") and not only_decoders:
             raise ConfigError("language, tower and projector are all frozen, so nothing would be learned; teach one of them")
 
     @property

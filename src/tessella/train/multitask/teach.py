@@ -1,0 +1,113 @@
+"""Routing is attached to a model that is to learn it, and the decoders' losses are taken beside the language model's.
+
+In: a model and a recipe; then hidden states (T, D) of a pack.  Out: new parameters; a loss summed over the pack's routed rows.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessella.checkpoint.read import Loaded, use_routing
+from tessella.errors import ConfigError
+from tessella.image import normalise
+from tessella.model.decoders.boxes import BoxConfig, BoxDecoder
+from tessella.model.routing import Routing
+from tessella.model.vision_language import VisionLanguageModel
+from tessella.routes import routes_for
+from tessella.train.multitask.rows import Placed
+from tessella.train.recipe import Recipe
+
+LEVELS = 3  # of the tower, evenly spread up to its last layer
+
+
+def attach(loaded: Loaded, recipe: Recipe) -> None:
+    """Give a model the routing and decoders that a recipe asks for; what it has already stays as it was learned.
+
+    Raises ConfigError where the model's pictures cannot be decoded.
+    """
+    if not recipe.decoders:
+        return
+    model = loaded.model
+    if model.config.tile_rule != "closest" or not model.config.use_thumbnail:
+        raise ConfigError(
+            f"decoders need a whole view of each picture; this model cuts pictures by the rule {model.config.tile_rule!r} "
+            f"{'with' if model.config.use_thumbnail else 'without'} a thumbnail: leave decoders out, or take an InternVL model"
+        )
+    chance = torch.Generator().manual_seed(recipe.seed)
+    routing = model.routing
+    if routing is None:
+        routing = Routing(routes_for(model.config.language.vocab_size), model.config.language.hidden_size)
+        table = model.language_model.model.embed_tokens.weight
+        head = table if model.language_model.lm_head is None else model.language_model.lm_head.weight
+        routing.begin(table, head, chance)
+        use_routing(loaded, routing)
+    if "boxes" in recipe.decoders and routing.boxes is None:
+        routing.boxes = BoxDecoder(box_config(model))
+    routing.to(model.device)
+
+
+def box_config(model: VisionLanguageModel) -> BoxConfig:
+    """The decoder's sizes for a model: three levels of its tower."""
+    depth = model.vision_model.depth
+    seen = sorted({max(1, round(depth * (level + 1) / LEVELS)) for level in range(LEVELS)})
+    return BoxConfig(model.config.language.hidden_size, model.config.vision.hidden_size, tuple(seen))
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the decoders of one pack look at."""
+
+    hidden: Tensor  # (T, D)
+    tiles: Tensor  # (N, 3, S, S) uint8 of the pack
+    tiles_of: Sequence[int]  # of each row
+
+
+class Decoders:
+    """The losses of a model's decoders."""
+
+    def __init__(self, model: VisionLanguageModel, recipe: Recipe):
+        self.model, self.recipe = model, recipe
+        self.tower_learns = recipe.tower != "frozen"
+
+    def loss(self, view: View, truths: Sequence[Placed]) -> Tensor:
+        """Weighted losses summed over the rows that hold truths."""
+        total = view.hidden.new_zeros((), dtype=torch.float32)
+        routing = self.model.routing
+        if routing is None:
+            return total
+        boxes: dict[int, list[Placed]] = defaultdict(list)
+        for one in truths:
+            if one.kind == "boxes" and view.tiles_of[one.row]:
+                boxes[one.row].append(one)
+        if boxes and routing.boxes is not None:
+            total = total + self.recipe.boxes_weight * self._boxes(routing.boxes, view, list(boxes.values()))
+        return total
+
+    def _boxes(self, decoder: BoxDecoder, view: View, rows: Sequence[Sequence[Placed]]) -> Tensor:
+        """Rows of truths about one picture each; K classes of the longest row, fillers behind the others'."""
+        from tessella.train.multitask.boxloss import box_loss, targets_of  # scipy: an extra that plain teaching does without
+
+        device, most = self.model.device, max(map(len, rows))
+        last_tiles = [sum(view.tiles_of[: some[0].row + 1]) - 1 for some in rows]
+        tiles = normalise(view.tiles[last_tiles].to(device), torch.float32, self.model.config.vision.statistics)
+        words = torch.stack([self._words(view.hidden, some, most) for some in rows])
+        asked = torch.tensor([[k < len(some) for k in range(most)] for some in rows], device=device)
+        tower = self.model.vision_model
+        with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
+            levels = tower.levels(tiles.to(self.model.dtype), decoder.config.layers_seen)
+        guesses = decoder(levels, tiles, words, asked)
+        assert guesses[-1].masks is not None
+        side = guesses[-1].masks.shape[-1]
+        losses = [
+            box_loss(guesses, number, targets_of([one.truth for one in some], side, device), len(some))
+            for number, some in enumerate(rows)
+        ]
+        return torch.stack(losses).sum()
+
+    def _words(self, hidden: Tensor, some: Sequence[Placed], most: int) -> Tensor:
+        """(most, queries, D), zeros behind the last class."""
+        own = torch.stack([hidden[one.start : one.start + one.route.queries] for one in some])
+        return torch.cat((own, own.new_zeros(most - len(some), *own.shape[1:])))
