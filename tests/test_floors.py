@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tessella"
 FLOORS = {
     "errors": 0,
     "geometry": 0,
+    "marks": 1,
     "routes": 0,
     "files": 1,
     "config": 1,
@@ -28,6 +29,7 @@ FLOORS = {
     "inputs": 2,
     "scenes": 2,
     "generate": 3,
+    "decode": 3,
     "engine": 3,
     "checkpoint": 3,
     "train": 4,
@@ -40,6 +42,7 @@ FLOORS = {
 JOINED_TO_CLI = (
     "commands",
     "terminal",
+    "showing",
     "inspection",
     "scoring",
     "demo",

@@ -15,11 +15,14 @@ from typing import Any, TextIO
 
 from tessella.chat import Message, place_marks
 from tessella.checkpoint.read import Loaded
+from tessella.decode import Shown, decode_routed
 from tessella.errors import ContextError, DataError, TessellaError
 from tessella.generate import generate
-from tessella.image import cut_tiles, open_image
-from tessella.inputs import Picture
+from tessella.image import cut_tiles, open_image, read_size
+from tessella.inputs import ModelInput, Picture
+from tessella.model.routing import Routed
 from tessella.sampling import SamplingParams
+from tessella.showing import Files, show
 
 HELP = """\
 /image PATH   show it a picture; your next words are about it (again for more pictures)
@@ -43,6 +46,8 @@ class Turn:
     answer_tokens: int = 0
     seconds: float = 0.0
     ended: str = "interrupted"
+    routed: list[dict[str, Any]] = field(default_factory=list)  # what each routing token of the answer gave
+    files: list[str] = field(default_factory=list)  # written for it
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Talk:
     messages: list[Message] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)  # what the last answer showed beside its words
 
     def ask(self, text: str, pictures: list[Path]) -> Generator[str, None, None]:
         """Ask with new pictures; yields the answer in pieces.
@@ -70,8 +76,12 @@ class Talk:
         turn = Turn(text, [str(path) for path in pictures], prompt_tokens=len(prompt))
         start = time.perf_counter()
         stream = self.loaded.tokenizer.stream()
+        routed: list[Routed] = []
+        ids: list[int] = []
+        self.shown = []
         try:
-            for token in generate(self.loaded.model, prompt, self.params, self.loaded.stop_ids):
+            for token in generate(self.loaded.model, prompt, self.params, self.loaded.stop_ids, routed.append):
+                ids.append(token)
                 turn.answer_tokens += 1
                 piece = stream.push(token)
                 turn.answer += piece
@@ -80,12 +90,30 @@ class Talk:
             turn.answer += last
             turn.ended = "length" if turn.answer_tokens >= self.params.max_tokens else "stop"
             yield last
+            self.shown = self._decode(prompt, ids, routed, [*self.pictures, *shown])
+            turn.routed = [one.as_json() for one in self.shown]
         finally:
             turn.seconds = round(time.perf_counter() - start, 3)
             self.turns.append(turn)
             if turn.answer:  # a question without any answer is taken back: two user turns in a row are no conversation
                 self.messages += [question, Message("assistant", turn.answer)]
                 self.pictures += shown
+
+    def _decode(self, prompt: ModelInput, ids: list[int], routed: list[Routed], pictures: list[Picture]) -> list[Shown]:
+        """What the decoders make of an answer."""
+        if not routed:
+            return []
+        size = read_size(pictures[-1].source, limit_megapixels=self.loaded.inputs.limit_megapixels) if pictures else None
+        return decode_routed(self.loaded.model, self.loaded.tokenizer, prompt, ids, routed, size)
+
+    def show(self) -> list[str]:
+        """The lines about what the last answer showed; its files are written."""
+        source = self.pictures[-1].source if self.pictures else None
+        files = Files(Path(str(source)) if isinstance(source, str | Path) else None, len(self.turns))
+        lines = show(self.turns[-1].answer, self.shown, files) if self.turns else []
+        if self.turns:
+            self.turns[-1].files = files.written
+        return lines
 
     def _opening(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]
@@ -112,6 +140,8 @@ def answer_once(talk: Talk, prompt: str, pictures: list[Path], out: TextIO) -> N
     for piece in talk.ask(prompt, pictures):
         print(harmless(piece) if out.isatty() else piece, end="", flush=True, file=out)
     print(file=out)
+    for line in talk.show():
+        print(harmless(line), file=out if talk.shown else sys.stderr)  # boxes that stand in the words need no second line
 
 
 def harmless(text: str) -> str:
@@ -154,6 +184,8 @@ def _answer(talk: Talk, line: str, waiting: list[Path], out: TextIO) -> None:
             for piece in answer:
                 print(harmless(piece), end="", flush=True, file=out)
         print(file=out)
+        for told in talk.show():
+            print(harmless(told), file=out)
     except KeyboardInterrupt:
         print(" (stopped)", file=out)
         if len(talk.pictures) < shown:

@@ -23,9 +23,10 @@ from chat_processes import free_port
 from tessella import cli
 from tessella.errors import ConfigError, DataError
 from tessella.foods import STYLES, foods
+from tessella.marks import Box, boxes_in
 from tessella.train.readers import draft_row
 from tessella.ui import launch, words
-from tessella.ui.boxes import Box, boxes_in, draw, without_tags
+from tessella.ui.boxes import draw, without_tags
 from tessella.ui.client import Choice, Server, choices
 from tessella.ui.conversation import Answer, Settings, Turn, messages_of, record_of, request_of, row_of
 from tessella.ui.deeds import Deeds

@@ -21,6 +21,7 @@ from tessella.checkpoint.folder import check_place, new_folder, read_manifest
 from tessella.checkpoint.lowrank import named
 from tessella.checkpoint.names import Layout, native_layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
+from tessella.checkpoint.routing import copy_routing
 from tessella.checkpoint.source import KINDS, Kind, Origin, Source, file_state, open_source
 from tessella.checkpoint.tensor_proof import Verdict, compare_file
 from tessella.checkpoint.weights import Entry, some
@@ -173,6 +174,7 @@ def _write_model(source: Source, out: Path, wish: Wish, layout: Layout, device: 
         known.update(compare_file(source, file, layout, rounding=rounding))
 
     def check(written: Path) -> None:
+        copy_routing(source.routing, written)
         again = open_source(written)
         proof = prove(source, again, mode=wish.proof, device=device, rounding=rounding, known=known)
         proof.require(f"{source.path} as {KINDS['official' if layout == 'official' else 'native']}")
@@ -225,6 +227,7 @@ def _write_adapter(
             _write_model(plain, aside / BASE, replace(wish, to="official", names="ours"), "official", device)
             hashes |= {f"{BASE}/{name}": digest for name, (_, digest) in read_manifest(aside / BASE).items()}
         write_adapter_files(aside, state, settings_of(adapter, base))
+        copy_routing(source.routing, aside)
         again = open_source(aside, Origin(base=str(aside / BASE) if splits else base))
         proof = prove(source, again, mode=wish.proof, device=device)
         proof.require(f"{source.path} as {KINDS['adapter']}")

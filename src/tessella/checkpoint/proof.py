@@ -17,6 +17,7 @@ import torch
 
 from tessella.chat import render, text_of
 from tessella.checkpoint.progress import byte_bar
+from tessella.checkpoint.routing import RoutingProof, compare_routing
 from tessella.checkpoint.source import Source
 from tessella.checkpoint.tensor_proof import TensorProof, Verdict, compare_tensors
 from tessella.checkpoint.verify import LIMITS, Proof, compare, conversations, logits_on, probes
@@ -53,6 +54,7 @@ class Proofs:
     prompts: PromptProof
     logits: Proof | None
     why_no_logits: str
+    routing: RoutingProof | None = None  # None where neither has any
 
     @property
     def holds(self) -> bool:
@@ -72,11 +74,14 @@ class Proofs:
             ("tensors", str(self.tensors), not self.tensors.differing and not self.tensors.drowned),
             ("prompts and ids", str(self.prompts), not self.prompts.differing),
             ("logits", *logits),
+            *([] if self.routing is None else [("routing", str(self.routing), not self.routing.differing)]),
         ]
 
     def __str__(self) -> str:
-        return f"{self.tensors}; {self.prompts}; " + (
-            f"{self.logits}" if self.logits else f"logits not run: {self.why_no_logits}"
+        return (
+            f"{self.tensors}; {self.prompts}; "
+            + (f"{self.logits}" if self.logits else f"logits not run: {self.why_no_logits}")
+            + (f"; routing: {self.routing}" if self.routing else "")
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -87,6 +92,7 @@ class Proofs:
             "prompts": {**asdict(self.prompts), "differing": list(self.prompts.differing)},
             "logits": None if self.logits is None else {**asdict(self.logits), "holds": self.logits.holds},
             "why_no_logits": self.why_no_logits,
+            "routing": None if self.routing is None else {**asdict(self.routing), "differing": list(self.routing.differing)},
         }
 
     def require(self, what: str) -> None:
@@ -126,7 +132,7 @@ def prove(
     prompts = compare_prompts(a, b)
     why = _why_not(a, b, mode, where, bool(config or tensors.differing or prompts.differing), tensors)
     logits = None if why else compare_logits(a, b, where)
-    return Proofs(config, fields, tensors, prompts, logits, why)
+    return Proofs(config, fields, tensors, prompts, logits, why, compare_routing(a.routing, b.routing))
 
 
 def _why_not(a: Source, b: Source, mode: Mode, device: torch.device, differs: bool, tensors: TensorProof) -> str:

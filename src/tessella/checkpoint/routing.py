@@ -7,8 +7,9 @@ is told when its token is chosen, and the text answer still comes.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,46 @@ def read_routing(folder: Path, vocabulary: int, width: int) -> Routing:
         else:
             routing.drop(kind, f"{path} is missing; copy it beside {CONFIG}")
     return routing.eval()
+
+
+def copy_routing(source: Path | None, parent: Path) -> None:
+    """Bring a routing/ folder along unchanged, where there is one."""
+    if source is not None:
+        shutil.copytree(source, parent / FOLDER)
+
+
+@dataclass(frozen=True)
+class RoutingProof:
+    """Two routing/ folders, tensor by tensor, bit by bit."""
+
+    tensors: int
+    differing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(self.differing[:3]) if self.differing else f"{self.tensors} tensors, equal bit by bit"
+
+
+def compare_routing(a: Path | None, b: Path | None) -> RoutingProof | None:
+    """None where neither model has routing. Raises CheckpointError for a file that cannot be read."""
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        return RoutingProof(0, (f"only {a or b} is there, the other model has no routing",))
+    differing, tensors = [], 0
+    if read_json(a / CONFIG) != read_json(b / CONFIG):
+        differing.append(f"{CONFIG} differs")
+    for name in sorted({file.name for folder in (a, b) for file in folder.glob("*.safetensors")}):
+        files = [folder / name for folder in (a, b)]
+        if not all(file.is_file() for file in files):
+            differing.append(f"{name} is on one side alone")
+            continue
+        left, right = (Weights([file]) for file in files)
+        for key in sorted(left.files.keys() | right.files.keys()):
+            tensors += 1
+            same = key in left.files and key in right.files and left[key].dtype == right[key].dtype
+            if not (same and torch.equal(left[key], right[key])):
+                differing.append(f"{key} of {name} differs")
+    return RoutingProof(tensors, tuple(differing))
 
 
 def _routes(raw: Mapping[str, Any], folder: Path) -> Routes:

@@ -22,6 +22,7 @@ from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined
 from tessella.checkpoint.lowrank import layout_of as layout_of_names
 from tessella.checkpoint.names import Layout, group_of, native_layout
 from tessella.checkpoint.read import check_weights, find_model, layout_of, names_in, resolve_head
+from tessella.checkpoint.routing import last_routing, routing_in
 from tessella.checkpoint.streams import Span
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
@@ -88,6 +89,11 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     # not init: what is made from it with replace() begins with its own
     _last: _ReadLast = field(init=False, default_factory=_ReadLast, repr=False)
+
+    @property
+    def routing(self) -> Path | None:
+        """The routing/ folder that counts: of the model, or of the highest adapter that has one."""
+        return last_routing([place for place in self.places if place.is_dir()])
 
     def touches(self, name: str) -> bool:
         """Whether the adapter changes that parameter."""
@@ -235,7 +241,7 @@ def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
     """The source with one more adapter on it."""
     adapter = replace(adapter, base=adapter.base or below.base)
     fitted = fit(adapter, below.shapes, below.config.language, native_layout(below.config))
-    if fitted.changes_nothing():
+    if fitted.changes_nothing() and (kind != "adapter" or routing_in(path) is None):
         raise CheckpointError(
             f"{path} changes nothing: all {len(fitted.pairs)} of its low-rank products are zero, as before the first step; "
             "teach it first"

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from markdown_it import MarkdownIt
 
-from tessella.ui.boxes import boxes_in, draw, without_tags
+from tessella.marks import boxes_in
+from tessella.ui.boxes import draw, without_tags
 from tessella.ui.conversation import Answer, Turn
 from tessella.ui.words import say
 

@@ -191,19 +191,25 @@ SURE = 0.3  # an object below this score is none
 SAME = 0.7  # of two boxes of a class that overlap more, the likelier one stays
 
 
-def found_objects(guess: BoxGuess, picture: int, which: int, *, single: bool = False) -> list[Found]:
-    """The objects of class `which` in a picture, the likeliest first; single: at most one, as [GRD] wants."""
+def found_objects(
+    guess: BoxGuess, picture: int, which: int, size: tuple[int, int], *, single: bool = False, sure: float = SURE
+) -> list[Found]:
+    """The objects of class `which` in a picture, the likeliest first; single: at most one, as [GRD] wants.
+
+    size: (height, width) of the masks.  sure: the lowest score that counts.
+    """
     scores = guess.scores[picture, :, which].sigmoid()
     assert guess.masks is not None
     found: list[Found] = []
     for place in scores.argsort(descending=True).tolist():
-        if float(scores[place]) < SURE or (single and found):
+        if float(scores[place]) < sure or (single and found):
             break
         box = corners(guess.boxes[picture, place]).clamp(0, 1)
         left, top, right, bottom = box.tolist()
         if any(overlap(box, torch.tensor(one.box)) > SAME for one in found) or right <= left or bottom <= top:
             continue
-        mask = inside((guess.masks[picture, place] > 0).cpu(), (left, top, right, bottom))
+        wide = F.interpolate(guess.masks[picture, place][None, None], size=size, mode="bilinear", align_corners=False)
+        mask = inside((wide[0, 0] > 0).cpu(), (left, top, right, bottom))
         found.append(Found((left, top, right, bottom), float(scores[place]), mask))
     return found
 
