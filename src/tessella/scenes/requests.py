@@ -8,6 +8,7 @@ English and Chinese take turns. Kinds: "detect", "everything", "ground", "segmen
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from PIL import Image, ImageOps
 
@@ -48,6 +49,16 @@ CHANGES = {
     "flip": {"en": "Turn it upside down.", "zh": "上下翻转。"},
     "negative": {"en": "Invert its colours.", "zh": "反转颜色。"},
 }
+
+
+class Asks(Protocol):
+    """A conversation that is made when its turn has come."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def make(self) -> "Asked": ...
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,18 @@ def name_of(food: Food, language: str) -> str:
     return food.english if language == "en" else food.chinese
 
 
-def _asked(
+def name_list(names: Sequence[str], language: str) -> str:
+    return SEPARATOR[language].join(names)
+
+
+def make_asked(
     kind: str, question: str, answer: str, picture: Image.Image | None, truths: Sequence[Truth], things: Sequence[Thing] = ()
 ) -> Asked:
     text = place_marks(question, 0 if picture is None else 1)
     return Asked(kind, (Message("user", text), Message("assistant", answer)), picture, tuple(truths), tuple(things))
 
 
-def _phrase(kind: str, language: str, chance: random.Random) -> str:
+def phrase(kind: str, language: str, chance: random.Random) -> str:
     return chance.choice(ASK[kind][language])
 
 
@@ -132,11 +147,11 @@ def _detect(scene: Scene, language: str, chance: random.Random) -> Asked:
     if chance.random() < 0.15:
         absent = chance.choice([food for food in foods() if food.key not in classes])
         chosen.insert(chance.randint(0, len(chosen)), absent)
-    names = SEPARATOR[language].join(name_of(food, language) for food in chosen)
+    names = name_list([name_of(food, language) for food in chosen], language)
     truths = [truth_of("[DET]", name_of(food, language), classes.get(food.key, [])) for food in chosen]
-    return _asked(
+    return make_asked(
         "detect",
-        _phrase("detect", language, chance).format(names=names),
+        phrase("detect", language, chance).format(names=names),
         said(truths, language),
         scene.picture,
         truths,
@@ -146,8 +161,8 @@ def _detect(scene: Scene, language: str, chance: random.Random) -> Asked:
 
 def _everything(scene: Scene, language: str, chance: random.Random) -> Asked:
     truths = [truth_of("[DET]", name_of(things[0].food, language), things) for things in _classes(scene).values()]
-    return _asked(
-        "everything", _phrase("everything", language, chance), said(truths, language), scene.picture, truths, scene.things
+    return make_asked(
+        "everything", phrase("everything", language, chance), said(truths, language), scene.picture, truths, scene.things
     )
 
 
@@ -159,24 +174,24 @@ def _ground(scene: Scene, language: str, chance: random.Random) -> Asked:
     thing = min(things, key=order.get(side, lambda t: -t.box.bottom))
     name = name_of(thing.food, language)
     truths = [truth_of("[GRD]", name, [thing])]
-    question = _phrase("ground", language, chance).format(name=name, where=PLACES[side][language])
-    return _asked("ground", question, said(truths, language), scene.picture, truths, scene.things)
+    question = phrase("ground", language, chance).format(name=name, where=PLACES[side][language])
+    return make_asked("ground", question, said(truths, language), scene.picture, truths, scene.things)
 
 
 def _segment(scene: Scene, language: str, chance: random.Random) -> Asked:
     things = chance.choice(list(_classes(scene).values()))
     name = name_of(things[0].food, language)
     truths = [truth_of("[SEG]", name, things)]
-    question = _phrase("segment", language, chance).format(name=name)
-    return _asked("segment", question, said(truths, language), scene.picture, truths, scene.things)
+    question = phrase("segment", language, chance).format(name=name)
+    return make_asked("segment", question, said(truths, language), scene.picture, truths, scene.things)
 
 
 def _text(scene: Scene, language: str, chance: random.Random) -> Asked:
     things = chance.choice(list(_classes(scene).values()))
     name = name_of(things[0].food, language)
     boxes = ", ".join(str(in_thousandths(thing.box)) for thing in things)
-    question = _phrase("text", language, chance).format(name=name)
-    return _asked("text", question, f"<ref>{name}</ref><box>[{boxes}]</box>", scene.picture, (), things)
+    question = phrase("text", language, chance).format(name=name)
+    return make_asked("text", question, f"<ref>{name}</ref><box>[{boxes}]</box>", scene.picture, (), things)
 
 
 def in_thousandths(box: Box) -> list[int]:
@@ -185,25 +200,27 @@ def in_thousandths(box: Box) -> list[int]:
 
 def _name(scene: Scene, language: str, chance: random.Random) -> Asked:
     names = dict.fromkeys(name_of(things[0].food, language) for things in _classes(scene).values())
-    return _asked("name", _phrase("name", language, chance), SEPARATOR[language].join(names), scene.picture, (), scene.things)
+    return make_asked("name", phrase("name", language, chance), SEPARATOR[language].join(names), scene.picture, (), scene.things)
 
 
 def _count(scene: Scene, language: str, chance: random.Random) -> Asked:
-    return _asked("count", _phrase("count", language, chance), str(len(scene.things)), scene.picture, (), scene.things)
+    return make_asked("count", phrase("count", language, chance), str(len(scene.things)), scene.picture, (), scene.things)
 
 
 def _talk(kit: Kit, language: str, chance: random.Random) -> Asked:
     food = chance.choice(kit.pick())
     other = "zh" if language == "en" else "en"
-    return _asked("talk", _phrase("talk", language, chance).format(name=name_of(food, language)), name_of(food, other), None, ())
+    return make_asked(
+        "talk", phrase("talk", language, chance).format(name=name_of(food, language)), name_of(food, other), None, ()
+    )
 
 
 def _draw(kit: Kit, language: str, chance: random.Random) -> Asked:
     food = chance.choice(kit.pick())
     name = name_of(food, language)
     drawn = cut_out(food, chance.choice(kit.styles))[0].resize((DRAWN_PX, DRAWN_PX), Image.Resampling.BICUBIC)
-    return _asked(
-        "draw", _phrase("draw", language, chance).format(name=name), f"{name}[GEN]", None, [Truth("[GEN]", name, picture=drawn)]
+    return make_asked(
+        "draw", phrase("draw", language, chance).format(name=name), f"{name}[GEN]", None, [Truth("[GEN]", name, picture=drawn)]
     )
 
 
@@ -212,7 +229,7 @@ def _edit(kit: Kit, language: str, chance: random.Random) -> Asked:
     before = cut_out(food, chance.choice(kit.styles))[0].resize((DRAWN_PX * 2, DRAWN_PX * 2), Image.Resampling.BICUBIC)
     after = changed(before, change).resize((DRAWN_PX, DRAWN_PX), Image.Resampling.BICUBIC)
     question = CHANGES[change][language]
-    return _asked(
+    return make_asked(
         "edit", question, f"{name_of(food, language)}[EDIT]", before, [Truth("[EDIT]", name_of(food, language), picture=after)]
     )
 

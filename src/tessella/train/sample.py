@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tessella.chat import Message
 from tessella.geometry import Size
 from tessella.inputs import Picture
-from tessella.scenes.requests import Request
+from tessella.scenes.requests import Asks
 from tessella.scenes.truth import Truth
 
 
@@ -23,7 +23,7 @@ class Sample:
     repeat: float = 1.0  # how often it is seen in an epoch, where the data itself says so
     jpeg: bool = False  # its pictures are compressed anew at each look
     truths: tuple[Truth, ...] = ()  # behind each routing token of the answers, in order
-    request: Request | None = None  # a scene that is composed when it is learned from: messages and pictures come of it
+    request: Asks | None = None  # a scene that is composed when it is learned from: messages and pictures come of it
 
     @property
     def question(self) -> str:

@@ -1,6 +1,6 @@
 """Rows that know what belongs behind their routing tokens, from scenes and from data with truth.
 
-In: a Request (or any conversation with its truths).  Out: a TaughtInput, which is a ModelInput for all who only read it.
+In: something that Asks (or any conversation with its truths).  Out: a TaughtInput, a ModelInput for all who only read it.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from tessella.chat import Message
 from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.routes import Kind, Route, Routes
-from tessella.scenes.requests import Request
+from tessella.scenes.requests import Asks
 from tessella.scenes.truth import Truth
 
 
@@ -44,7 +44,7 @@ def build_taught(inputs: Inputs, messages: Sequence[Message], pictures: Sequence
     return TaughtInput(**known, truths=tuple(truths), routes=inputs.tokenizer.routes)
 
 
-def build_request(inputs: Inputs, request: Request) -> ModelInput:
+def build_request(inputs: Inputs, request: Asks) -> ModelInput:
     """A scene's question and answer as they are learned from."""
     asked = request.make()
     pictures = [] if asked.picture is None else [Picture(asked.picture)]

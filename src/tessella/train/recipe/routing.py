@@ -22,6 +22,8 @@ class RoutingFields:
     """Peak learning rate of routing tokens, queries and decoders; default: learning_rate."""
     boxes_weight: float = 1.0
     """Weight of the loss of boxes and masks beside the language model's."""
+    coco: tuple[Path, ...] = ()
+    """COCO-style JSON files of your own pictures (boxes, polygons, run lengths); image_root says where the pictures lie."""
     scenes: int = 0
     """Scenes of the shipped foods, composed while teaching, in an epoch; they come beside the data."""
     held_out_scenes: int = 0
@@ -48,6 +50,8 @@ class RoutingFields:
             drawn = [kind for kind in self.scene_kinds if kind in ("draw", "edit")]
             if drawn:
                 raise ConfigError(f'scene_kinds names {", ".join(drawn)}, which needs decoders = ["pictures"]')
+        if self.coco and "boxes" not in self.decoders:
+            raise ConfigError('coco files teach boxes and masks, which needs decoders = ["boxes"]')
         boxed = [kind for kind in self.scene_kinds if kind in ("detect", "everything", "ground", "segment")]
         if self.scenes and boxed and "boxes" not in self.decoders:
             raise ConfigError(f'scene_kinds names {", ".join(boxed)}, which needs decoders = ["boxes"]; or name other kinds')
