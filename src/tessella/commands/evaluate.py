@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from tessella.commands.place import Here, Place, Result
+from tessella.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,18 @@ class Evaluate:
     """Score what this recipe holds out, as its run saw it; finetune leaves one in its output folder."""
     skills: bool = False
     """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
+    scenes: int | None = None
+    """Score boxes, masks, grounding and routing on so many held-out scenes instead (docs/boxes.md)."""
+    scene_style: str = "twemoji"
+    """Drawing style of those scenes."""
+    scene_objects: int = 5
+    """Most foods in a scene."""
+    scene_foods: int | None = None
+    """Only the first so many of the shipped foods; default: all."""
+    scene_photos: Path | None = None
+    """Folder of photographs: the grounds of half of the scenes; default: drawn grounds alone."""
+    coco: tuple[Path, ...] = ()
+    """COCO-style files of your own pictures, scored like scenes."""
     metric: Literal["exact", "contains", "choice", "anls"] = "exact"
     """What is right: the same words, holding them, the same letter, or near in spelling."""
     image_root: Path | None = None
@@ -54,6 +67,8 @@ class Evaluate:
         from tessella.evaluate.run import Settings  # torch
         from tessella.scoring import Questions, score  # torch
 
+        if self.scenes is not None or self.coco:
+            return self._run_scenes()
         questions = Questions(
             data=self.data,
             recipe=self.recipe,
@@ -71,3 +86,23 @@ class Evaluate:
             self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items, self.limit_megapixels
         )
         return score(self.models, questions, settings, self.output, self.html, self.forgetting)
+
+    def _run_scenes(self) -> Result:
+        from tessella.evaluate.run import Settings  # torch
+        from tessella.evaluate.scenes import SceneWish, score_scenes  # torch
+
+        given = {"--data": self.data, "--recipe": self.recipe, "--skills": self.skills, "--forgetting": self.forgetting}
+        extra = [name for name, value in given.items() if value]
+        if extra:
+            raise ConfigError(f"--scenes and --coco ask their own questions; leave {' and '.join(extra)} out")
+        if self.scenes is not None and self.scenes < 1:
+            raise ConfigError(f"scenes is {self.scenes}, must be at least 1")
+        wish = SceneWish(
+            count=min(self.scenes or 0, self.limit or self.scenes or 0), style=self.scene_style, photos=self.scene_photos,
+            most_objects=self.scene_objects, foods=self.scene_foods, seed=self.seed, coco=self.coco, image_root=self.image_root,
+            max_tokens=max(self.max_tokens, 160),
+        )  # fmt: skip
+        settings = Settings(
+            self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items, self.limit_megapixels
+        )
+        return score_scenes(self.models, wish, settings, self.html)
