@@ -15,7 +15,7 @@ from PIL import Image
 from tessella.image import normalise
 from tessella.inputs import ModelInput
 from tessella.marks import Box, run_lengths
-from tessella.model.decoders.boxes import Found, found_objects
+from tessella.model.decoders.boxes import SURE, Found, found_objects
 from tessella.model.routing import Routed
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
@@ -55,17 +55,42 @@ def decode_routed(
     ids: Sequence[int],
     routed: Sequence[Routed],
     size: tuple[int, int] | None = None,
+    sure: float = SURE,
+    seed: int = 0,
 ) -> list[Shown]:
-    """One answer's routing tokens in order. size: (width, height) of the last picture, for masks; else the tile's."""
+    """One answer's routing tokens in order. size: (width, height) of the last picture, for masks; else the tile's.
+
+    sure: objects below this score are none.  seed: of the noise that pictures are made of.
+    """
     shown = [Shown(one.route.name, label_before(tokenizer, ids[: one.said])) for one in routed]
     boxes = [place for place, one in enumerate(routed) if one.route.kind == "boxes"]
     if boxes:
-        found = _boxes(model, prompt, [routed[place] for place in boxes], size)
+        found = _boxes(model, prompt, [routed[place] for place in boxes], size, sure)
         for place, one in zip(boxes, found, strict=True):
             shown[place] = replace(
                 shown[place], objects=() if isinstance(one, str) else one, trouble=one if isinstance(one, str) else ""
             )
-    return shown
+    return [
+        one if routed[k].route.kind == "boxes" else _painted(model, prompt, routed[k], one, seed) for k, one in enumerate(shown)
+    ]
+
+
+def _painted(model: VisionLanguageModel, prompt: ModelInput, routed: Routed, shown: Shown, seed: int) -> Shown:
+    """One [GEN] or [EDIT], painted; or why it is not."""
+    assert model.routing is not None
+    decoder, before = model.routing.pictures, None
+    if decoder is None:
+        why = model.routing.missing.get("pictures", "it was never taught (finetune --decoders pictures)")
+        return replace(shown, trouble=f"the decoder of pictures is not there: {why}")
+    if routed.route.name == "[EDIT]":
+        if not len(prompt.tiles):
+            return replace(shown, trouble="there is no picture to change; show one with --image or /image")
+        if not decoder.edits:
+            return replace(shown, trouble="this diffusion model draws, but cannot edit: its UNet has no place for a picture")
+        before = prompt.tiles[-1:].to(model.device).float() / 127.5 - 1
+    painted = decoder.paint(routed.states[None].to(model.device), before, seed=seed)[0]
+    pixels = ((painted.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return replace(shown, picture=Image.fromarray(pixels.permute(1, 2, 0).numpy()))
 
 
 def label_before(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -74,7 +99,7 @@ def label_before(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def _boxes(
-    model: VisionLanguageModel, prompt: ModelInput, routed: Sequence[Routed], size: tuple[int, int] | None
+    model: VisionLanguageModel, prompt: ModelInput, routed: Sequence[Routed], size: tuple[int, int] | None, sure: float
 ) -> list[tuple[Found, ...] | str]:
     """Objects of each token, or why there are none; all tokens of an answer are looked for together."""
     assert model.routing is not None
@@ -92,4 +117,7 @@ def _boxes(
     width, height = size or (tiles.shape[-1], tiles.shape[-1])
     shrink = min(1.0, MOST_MASK_PX / max(width, height))
     wanted = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    return [tuple(found_objects(guess, 0, number, wanted, single=one.route.name == "[GRD]")) for number, one in enumerate(routed)]
+    return [
+        tuple(found_objects(guess, 0, number, wanted, single=one.route.name == "[GRD]", sure=sure))
+        for number, one in enumerate(routed)
+    ]

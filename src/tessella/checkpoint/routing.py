@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tessella.checkpoint.weights import Weights, entries_of, some, write_file
 from tessella.config import read_json
 from tessella.errors import CheckpointError
 from tessella.model.decoders.boxes import BoxConfig, BoxDecoder
+from tessella.model.decoders.pictures import PictureConfig, PictureDecoder
 from tessella.model.routing import Routing
 from tessella.routes import KINDS, Kind, Routes, routes_for
 
@@ -48,7 +49,7 @@ def write_routing(parent: Path, routing: Routing, values: Mapping[str, Tensor] |
         "first_id": routing.routes.first_id,
         "width": routing.tokens.shape[1],
     }
-    raw |= {"boxes": None if routing.boxes is None else asdict(routing.boxes.config)}
+    raw |= {kind: asdict(decoder.config) for kind, decoder in decoders_of(routing).items()}
     write_file(folder / TOKENS, entries_of({name: state[name].float() for name in ROWS}))
     for kind in decoders_of(routing):
         own = {name.removeprefix(f"{kind}."): value.half() for name, value in state.items() if name.startswith(f"{kind}.")}
@@ -57,9 +58,10 @@ def write_routing(parent: Path, routing: Routing, values: Mapping[str, Tensor] |
     return folder
 
 
-def decoders_of(routing: Routing) -> dict[Kind, nn.Module]:
+def decoders_of(routing: Routing) -> dict[Kind, BoxDecoder | PictureDecoder]:
     """The decoders that are there."""
-    return {} if routing.boxes is None else {"boxes": routing.boxes}
+    found: dict[Kind, BoxDecoder | PictureDecoder | None] = {"boxes": routing.boxes, "pictures": routing.pictures}
+    return {kind: decoder for kind, decoder in found.items() if decoder is not None}
 
 
 def read_routing(folder: Path, vocabulary: int, width: int) -> Routing:
@@ -79,7 +81,9 @@ def read_routing(folder: Path, vocabulary: int, width: int) -> Routing:
         raise CheckpointError(f"{folder} holds no {TOKENS}; copy the whole folder, or remove it to talk without routing")
     _fill(routing, folder / TOKENS, {name: tuple(getattr(routing, name).shape) for name in ROWS})
     if raw.get("boxes") is not None:
-        routing.boxes = BoxDecoder(_box_config(raw["boxes"], folder))
+        routing.boxes = BoxDecoder(_config(BoxConfig, raw["boxes"], "layers_seen", folder))
+    if raw.get("pictures") is not None:
+        routing.pictures = PictureDecoder(_config(PictureConfig, raw["pictures"], "channels", folder))
     for kind, decoder in decoders_of(routing).items():
         path = folder / f"{kind}.safetensors"
         if path.is_file():
@@ -135,13 +139,15 @@ def _routes(raw: Mapping[str, Any], folder: Path) -> Routes:
     return routes_for(raw["first_id"])
 
 
-def _box_config(raw: Mapping[str, Any], folder: Path) -> BoxConfig:
+Config = TypeVar("Config", BoxConfig, PictureConfig)
+
+
+def _config(kind: type[Config], raw: Mapping[str, Any], row: str, folder: Path) -> Config:
+    """row: the field that JSON keeps as a list."""
     try:
-        return BoxConfig(**{**raw, "layers_seen": tuple(raw["layers_seen"])})
+        return kind(**{**raw, row: tuple(raw[row])})
     except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG}: its boxes are not described as we know them ({error}); write it again"
-        ) from error
+        raise CheckpointError(f"{folder / CONFIG}: {kind.__name__} is described otherwise ({error}); write it again") from error
 
 
 @torch.no_grad()

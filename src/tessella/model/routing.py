@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessella.model.decoders.boxes import BoxDecoder
+from tessella.model.decoders.pictures import PictureDecoder
 from tessella.routes import Kind, Route, Routes
 
 
@@ -27,12 +28,13 @@ class Routing(nn.Module):
         self.head = nn.Parameter(torch.zeros(len(routes.each), width))
         self.queries = nn.Parameter(torch.zeros(routes.queries, width))
         self.boxes: BoxDecoder | None = None
+        self.pictures: PictureDecoder | None = None
         self.missing: dict[Kind, str] = {}  # why a decoder is not there, for people
 
     def drop(self, kind: Kind, why: str) -> None:
         """Do without a decoder; why is told when its token is chosen."""
         self.missing[kind] = why
-        self.boxes = None
+        setattr(self, kind, None)
 
     @torch.no_grad()
     def begin(self, table: Tensor, head: Tensor, chance: torch.Generator) -> None:

@@ -7,18 +7,28 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tessella.checkpoint.read import Loaded, use_routing
 from tessella.errors import ConfigError
 from tessella.image import normalise
 from tessella.model.decoders.boxes import BoxConfig, BoxDecoder
+from tessella.model.decoders.pictures import PictureConfig, PictureDecoder
 from tessella.model.routing import Routing
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.routes import routes_for
 from tessella.train.multitask.rows import Placed
 from tessella.train.recipe import Recipe
+
+
+def as_tensor(picture: Image.Image, side: int) -> Tensor:
+    """A picture -> (3, side, side) in -1 to 1."""
+    small = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
 
 LEVELS = 3  # of the tower, evenly spread up to its last layer
 
@@ -46,6 +56,9 @@ def attach(loaded: Loaded, recipe: Recipe) -> None:
         use_routing(loaded, routing)
     if "boxes" in recipe.decoders and routing.boxes is None:
         routing.boxes = BoxDecoder(box_config(model))
+    if "pictures" in recipe.decoders and routing.pictures is None:
+        folder = None if recipe.diffusion is None else str(recipe.diffusion.resolve())
+        routing.pictures = PictureDecoder(PictureConfig(model.config.language.hidden_size, folder=folder))
     routing.to(model.device)
 
 
@@ -84,7 +97,21 @@ class Decoders:
                 boxes[one.row].append(one)
         if boxes and routing.boxes is not None:
             total = total + self.recipe.boxes_weight * self._boxes(routing.boxes, view, list(boxes.values()))
+        drawn = [one for one in truths if one.truth.picture is not None]
+        if drawn and routing.pictures is not None:
+            total = total + self.recipe.pictures_weight * self._pictures(routing.pictures, view, drawn)
         return total
+
+    def _pictures(self, decoder: PictureDecoder, view: View, drawn: Sequence[Placed]) -> Tensor:
+        """Noise is taken from the true pictures; an [EDIT] sees the last picture of its row."""
+        device = self.model.device
+        states = torch.stack([view.hidden[one.start : one.start + one.route.queries] for one in drawn])
+        wanted = torch.stack([as_tensor(one.truth.picture, decoder.config.side_px) for one in drawn if one.truth.picture])
+        before = torch.zeros((len(drawn), 3, *view.tiles.shape[-2:]))
+        for place, one in enumerate(drawn):
+            if one.route.name == "[EDIT]" and view.tiles_of[one.row]:
+                before[place] = view.tiles[sum(view.tiles_of[: one.row + 1]) - 1].float() / 127.5 - 1
+        return decoder.loss(states, wanted.to(device), before.to(device)).sum()
 
     def _boxes(self, decoder: BoxDecoder, view: View, rows: Sequence[Sequence[Placed]]) -> Tensor:
         """Rows of truths about one picture each; K classes of the longest row, fillers behind the others'."""

@@ -24,6 +24,10 @@ class RoutingFields:
     """Weight of the loss of boxes and masks beside the language model's."""
     coco: tuple[Path, ...] = ()
     """COCO-style JSON files of your own pictures (boxes, polygons, run lengths); image_root says where the pictures lie."""
+    pictures_weight: float = 1.0
+    """Weight of the loss of pictures beside the language model's."""
+    diffusion: Path | None = None
+    """Folder in Stable Diffusion 1.5's form that draws in place of the built-in decoder; it stays as it is."""
     scenes: int = 0
     """Scenes of the shipped foods, composed while teaching, in an epoch; they come beside the data."""
     held_out_scenes: int = 0
@@ -52,6 +56,8 @@ class RoutingFields:
                 raise ConfigError(f'scene_kinds names {", ".join(drawn)}, which needs decoders = ["pictures"]')
         if self.coco and "boxes" not in self.decoders:
             raise ConfigError('coco files teach boxes and masks, which needs decoders = ["boxes"]')
+        if self.diffusion is not None and "pictures" not in self.decoders:
+            raise ConfigError('diffusion is given, which needs decoders = ["pictures"]')
         boxed = [kind for kind in self.scene_kinds if kind in ("detect", "everything", "ground", "segment")]
         if self.scenes and boxed and "boxes" not in self.decoders:
             raise ConfigError(f'scene_kinds names {", ".join(boxed)}, which needs decoders = ["boxes"]; or name other kinds')
@@ -60,6 +66,7 @@ class RoutingFields:
 ROUTING_RANGES = {
     "decoder_learning_rate": Bounds(0, 1, above=True),
     "boxes_weight": Bounds(0),
+    "pictures_weight": Bounds(0),
     "scenes": Bounds(0, 10_000_000),
     "held_out_scenes": Bounds(0, 10_000),
     "scene_objects": Bounds(1, 12),
