@@ -22,6 +22,7 @@ from tessella.webchat import beside, check_extra
 if TYPE_CHECKING:  # torch
     from tessella.checkpoint.read import Loaded
     from tessella.engine.engine import Engine
+    from tessella.server.plain import PlainEngine
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,12 @@ class Serve:
         return {"model": self.model, "answers": state.stopped + state.length, "answer_tokens": state.answer_tokens}
 
     @contextmanager
-    def running(self) -> "Iterator[tuple[Engine, Loaded]]":
+    def running(self) -> "Iterator[tuple[Engine | PlainEngine, Loaded]]":
         """The model with its adapters in an engine that runs for the length of the block. Raises what reading them raises."""
         from tessella.checkpoint.read import load  # torch
         from tessella.engine.engine import Engine  # torch
         from tessella.engine.request import EngineSettings  # torch
+        from tessella.server.plain import PlainEngine  # torch
 
         loaded = load(self.model, device=self.device, dtype=self.dtype, max_tiles=self.max_tiles)
         loaded.inputs.limit_megapixels = self.limit_megapixels
@@ -156,7 +158,11 @@ class Serve:
             max_running=self.max_running,
             max_waiting=self.max_waiting,
         )
-        engine = Engine(loaded.model, loaded.tokenizer, wanted)
+        engine: Engine | PlainEngine  # super-link queries are beyond the engine
+        if loaded.model.routing is not None:
+            engine = PlainEngine(loaded, self.max_waiting)
+        else:
+            engine = Engine(loaded.model, loaded.tokenizer, wanted)
         engine.start()
         try:
             for name, folder in map(parse_adapter, self.adapter):
@@ -249,7 +255,7 @@ def parse_adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder).expanduser()
 
 
-def load_adapter(engine: "Engine", loaded: "Loaded", name: str, folder: Path) -> None:
+def load_adapter(engine: "Engine | PlainEngine", loaded: "Loaded", name: str, folder: Path) -> None:
     """Read an adapter, fit it to the model, and hand it to the engine. Raises CheckpointError, EngineError."""
     from tessella.checkpoint.adapters import learned_in, read_adapter  # torch
     from tessella.checkpoint.lowrank import fit  # torch

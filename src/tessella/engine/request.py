@@ -4,9 +4,9 @@ In: Request.  Out: Pieces, one or more, the last with a finish and a Usage.
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -103,6 +103,7 @@ class Piece:
     finish: Finish | None = None
     error: str | None = None  # with finish "error": a sentence for a person
     usage: Usage | None = None  # with any finish
+    shown: tuple[Mapping[str, Any], ...] = ()  # with a finish, of a routed model: what its routing tokens gave (docs/boxes.md)
 
 
 OnPiece = Callable[[Piece], None]  # called in the engine's thread: must be quick and must not raise

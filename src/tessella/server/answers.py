@@ -5,7 +5,7 @@ In: the engine's requests for one wish.  Out: ChatCompletion or Completion; or c
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -144,7 +144,7 @@ class ChatForm:
     def chunk(self, answers: Answers, index: int, piece: Piece) -> BaseModel:
         choice = ChunkChoice(
             index=index,
-            delta=Delta(content=piece.text or None),
+            delta=Delta(content=piece.text or None, routed=routed_of(piece)),
             logprobs=chat_logprobs(answers.tokenizer, piece.logprobs),
             finish_reason=finish_of(piece),
         )
@@ -160,7 +160,7 @@ class ChatForm:
         choices = [
             ChatChoice(
                 index=index,
-                message=AnswerMessage(content=piece.text),
+                message=AnswerMessage(content=piece.text, routed=routed_of(piece)),
                 logprobs=chat_logprobs(answers.tokenizer, piece.logprobs),
                 finish_reason=finish_of(piece) or "stop",
             )
@@ -197,6 +197,11 @@ class TextForm:
             logprobs = text_logprobs(answers.tokenizer, piece.logprobs, self.offsets.get(index, 0))
             self.offsets[index] = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
         return TextChoice(index=index, text=piece.text, logprobs=logprobs, finish_reason=finish_of(piece))
+
+
+def routed_of(piece: Piece) -> list[dict[str, Any]] | None:
+    """What routing tokens gave; None where the answer has none."""
+    return [dict(one) for one in piece.shown] or None
 
 
 def finish_of(piece: Piece) -> Finish | None:

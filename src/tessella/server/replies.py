@@ -5,7 +5,7 @@ In: an answer's text, ids, log probabilities and usage.  Out: pydantic models; l
 
 import secrets
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_serializer
 
@@ -51,6 +51,12 @@ class TextLogprobs(BaseModel):
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
+    routed: list[dict[str, Any]] | None = None  # of a model with routing tokens alone: boxes, masks and pictures
+
+    @model_serializer
+    def what_is_there(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": self.role, "content": self.content}
+        return said if self.routed is None else {**said, "routed": self.routed}
 
 
 class ChatChoice(BaseModel):
@@ -72,10 +78,11 @@ class ChatCompletion(BaseModel):
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    routed: list[dict[str, Any]] | None = None  # with the last piece of a model with routing tokens
 
     @model_serializer
-    def what_is_new(self) -> dict[str, str]:
-        said = {"role": self.role, "content": self.content}
+    def what_is_new(self) -> dict[str, Any]:
+        said = {"role": self.role, "content": self.content, "routed": self.routed}
         return {key: value for key, value in said.items() if value is not None}
 
 

@@ -118,6 +118,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
         finish=pieces[-1].finish,
         error=pieces[-1].error,
         usage=pieces[-1].usage,
+        shown=pieces[-1].shown,
     )
 
 

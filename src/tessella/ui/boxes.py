@@ -6,11 +6,14 @@ Coordinates are thousandths of the picture's width and height, as InternVL2 was 
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from tessella.marks import MARK, Box, boxes_in, draw_boxes
+from tessella.marks import MARK, Box, Mask, boxes_in, draw_boxes, from_run_lengths
 from tessella.ui.pictures import Picture
 
 
@@ -31,14 +34,41 @@ def _circled(number: int) -> str:
     return chr(0x2460 + number - 1) if number <= 20 else f"({number})"
 
 
-def draw(picture: Picture, boxes: list[Box], folder: Path) -> Path:
-    """The picture as it is shown, with a frame and a label for each box; kept in folder under a name made of both."""
-    name = hashlib.sha256(repr((picture.shown.name, boxes)).encode()).hexdigest()[:24]
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What the decoders of a routed model gave: boxes with their masks, and pictures as data: addresses."""
+
+    boxes: list[Box]
+    masks: list[Mask]
+    pictures: list[str]
+
+
+def routed_in(rows: Sequence[Mapping[str, Any]]) -> Routed:
+    """The server's field `routed` (docs/boxes.md). A row in another form shows nothing: it comes over the network."""
+    found = Routed([], [], [])
+    for row in rows:
+        for one in row.get("objects") or ():
+            try:
+                box, mask = Box(str(row.get("label", "")), *(int(side) for side in one["box"])), from_run_lengths(one["mask"])
+            except (KeyError, TypeError, ValueError):
+                continue
+            found.boxes.append(box)
+            found.masks.append(mask)
+        picture = row.get("picture")
+        if isinstance(picture, str) and picture.startswith("data:image/"):
+            found.pictures.append(picture)
+    return found
+
+
+def draw(picture: Picture, boxes: list[Box], folder: Path, masks: Sequence[Mask] = ()) -> Path:
+    """The picture as it is shown, with a frame and a label for each box, and its mask; kept in folder under a name of all."""
+    shapes = [mask.tobytes() for mask in masks]
+    name = hashlib.sha256(repr((picture.shown.name, boxes, shapes)).encode()).hexdigest()[:24]
     path = folder / f"{name}.webp"
     if path.is_file():
         return path
     with Image.open(picture.shown) as image:
         drawn = image.convert("RGB")
-    drawn = draw_boxes(drawn, boxes)
+    drawn = draw_boxes(drawn, boxes, masks)
     drawn.save(path, quality=90)
     return path

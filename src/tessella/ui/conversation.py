@@ -50,6 +50,7 @@ class Answer:
     first_token_s: float | None = None
     seconds: float = 0.0
     corrected: bool = False
+    routed: list[dict[str, Any]] = field(default_factory=list)  # boxes, masks and pictures of a model with routing tokens
 
     @property
     def tokens_a_second(self) -> float | None:
@@ -59,7 +60,7 @@ class Answer:
         return (self.answer_tokens - 1) / max(self.seconds - self.first_token_s, 1e-3)
 
     def as_json(self) -> dict[str, Any]:
-        names = ("text", "ended", "corrected", "prompt_tokens", "answer_tokens", "tiles", "first_token_s", "seconds")
+        names = ("text", "routed", "ended", "corrected", "prompt_tokens", "answer_tokens", "tiles", "first_token_s", "seconds")
         record = {"model": self.model, **{name: self.__dict__[name] for name in names}}
         settings = {**self.settings.as_fields(), "system": self.settings.system}
         return {**record, "settings": settings, "trouble": str(self.trouble) if self.trouble else None}

@@ -121,6 +121,7 @@ def _take(answer: Answer, piece: dict[str, Any], seconds: float) -> None:
         if text := choice.get("delta", {}).get("content"):
             answer.text += text
             answer.first_token_s = seconds if answer.first_token_s is None else answer.first_token_s
+        answer.routed += choice.get("delta", {}).get("routed") or []
         if choice.get("finish_reason") in ("stop", "length"):
             answer.ended = choice["finish_reason"]
     if usage := piece.get("usage"):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from markdown_it import MarkdownIt
 
 from tessella.marks import boxes_in
-from tessella.ui.boxes import draw, without_tags
+from tessella.ui.boxes import draw, routed_in, without_tags
 from tessella.ui.conversation import Answer, Turn
 from tessella.ui.words import say
 
@@ -83,15 +84,21 @@ def _answer(turns: Sequence[Turn], number: int, column: int, last: bool, languag
 
 
 def _drawing(turns: Sequence[Turn], answer: Answer, language: str, folder: Path) -> str:
-    """Boxes are about the picture that was shown last. They are drawn once the answer has ended."""
+    """Boxes are about the picture that was shown last; a routed model's own pictures stand below. Once the answer has ended."""
     pictures = [picture for turn in turns for picture in turn.pictures]
+    found = routed_in(answer.routed)
     boxes = boxes_in(answer.text)
-    if not answer.ended or not boxes or not pictures:
+    masks = [np.zeros((1, 1), dtype=np.bool_)] * len(boxes) + found.masks
+    boxes += found.boxes
+    if not answer.ended:
         return ""
+    painted = "".join(f'<div class="shown"><figure><img src="{escape(one)}" alt=""></figure></div>' for one in found.pictures)
+    if not boxes or not pictures:
+        return painted
     name = say(language, "boxed", name=pictures[-1].name)
     labels = ", ".join(f"{number} {box.label}" for number, box in enumerate(boxes, start=1) if box.label)
     caption = f"<figcaption>{escape(labels)}</figcaption>" if labels else ""
-    return f'<div class="shown boxed">{_figure(draw(pictures[-1], boxes, folder), name, caption)}</div>'
+    return f'<div class="shown boxed">{_figure(draw(pictures[-1], boxes, folder, masks), name, caption)}</div>{painted}'
 
 
 def _figure(path: Path, name: str, caption: str = "") -> str:
