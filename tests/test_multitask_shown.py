@@ -1,0 +1,121 @@
+"""What a routed model shows: in the terminal, after conversion, with decoders missing; and pictures by diffusion."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tessella import cli
+from tessella.checkpoint.convert import Wish, convert
+from tessella.checkpoint.read import Loaded, load
+from tessella.checkpoint.routing import write_routing
+from tessella.decode import Shown
+from tessella.engine.engine import Engine
+from tessella.errors import CheckpointError, ConfigError
+from tessella.model.decoders.boxes import BoxConfig, BoxDecoder, Found
+from tessella.model.routing import Routing
+from tessella.routes import routes_for
+from tessella.sampling import SamplingParams
+from tessella.showing import Files, show
+from tessella.terminal import Talk, answer_once
+from tiny import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a routing/ folder; it says "[DET]" first whatever it is asked."""
+    folder = tiny_folder(tmp_path_factory.mktemp("tiny") / "model", "LlamaForCausalLM", 0)
+    plain = load(folder, device="cpu", dtype="float32")
+    width = plain.config.language.hidden_size
+    routing = Routing(routes_for(plain.config.language.vocab_size), width)
+    table = plain.model.language_model.model.embed_tokens.weight
+    routing.begin(table, table, torch.Generator().manual_seed(0))
+    routing.boxes = BoxDecoder(BoxConfig(width, plain.config.vision.hidden_size, (1, 2), width=24, heads=2, layers=1, objects=4))
+    talk = Talk(plain, SamplingParams(max_tokens=1))
+    list(talk.ask("what is it?", []))
+    with torch.no_grad():  # every hidden state says it: the head points where the states' mean does
+        one = plain.inputs.build([*talk.messages[:1]])
+        hidden = plain.model(plain.model.embed_text(one.ids), torch.arange(len(one)), _causal(len(one)), len(one))
+        routing.head[0] = 3 * hidden[-1]
+    write_routing(folder, routing)
+    return folder
+
+
+def _causal(length: int):  # type: ignore[no-untyped-def]
+    from tessella.model.attend import Causal
+
+    return Causal([length])
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "dish.png"
+    Image.new("RGB", (120, 60), "orange").save(path)
+    return path
+
+
+def asked(loaded: Loaded, picture: Path | None) -> tuple[str, Talk]:
+    talk, out = Talk(loaded, SamplingParams(max_tokens=12)), io.StringIO()
+    answer_once(talk, "what is it?", [] if picture is None else [picture], out)
+    return out.getvalue(), talk
+
+
+def test_chat_tells_what_was_found_and_writes_it_beside_the_picture(folder: Path, picture: Path, tmp_path: Path) -> None:
+    printed, _ = asked(load(folder, device="cpu", dtype="float32"), None)
+    assert "[DET]" in printed and "there is no picture to look for it in" in printed
+    mask = torch.zeros((60, 120), dtype=torch.bool)
+    mask[10:50, 20:90] = True
+    shown = [Shown("[DET]", "apple", (Found((0.1, 0.1, 0.8, 0.9), 0.93, mask),)), Shown("[DET]", "pear")]
+    files = Files(picture, 2)
+    lines = show("apple[DET], pear[DET]", shown, files)
+    assert lines[0] == "1  apple  [100, 100, 800, 900]  93%" and lines[1] == "[DET] pear: nothing found"
+    assert sorted(path.name for path in tmp_path.glob("*answer2*")) == ["dish-answer2-boxes.png", "dish-answer2-mask1.png"]
+    written = Image.open(tmp_path / "dish-answer2-mask1.png")
+    assert written.size == (120, 60) and written.getpixel((50, 30)) == 255 and written.getpixel((0, 0)) == 0
+
+
+def test_boxes_in_words_are_drawn_too(picture: Path) -> None:
+    lines = show("<ref>dish</ref><box>[[10, 10, 500, 900]]</box>", [], Files(picture, 1))
+    assert lines == [f"written: {picture.parent / 'dish-answer1-boxes.png'}"]
+
+
+def test_a_folder_that_takes_no_file_is_told_and_the_words_stand(tmp_path: Path) -> None:
+    lines = show("", [Shown("[GEN]", "apple", picture=Image.new("RGB", (8, 8)))], Files(tmp_path / "gone" / "dish.png", 1))
+    assert "apple: a picture of 8 x 8 px" in lines[0] and "cannot be written" in lines[1]
+
+
+def test_a_missing_decoder_is_a_sentence_and_the_words_still_come(folder: Path, picture: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "routing" / "boxes.safetensors").unlink()
+    printed, talk = asked(load(copy, device="cpu", dtype="float32"), None)
+    assert "[DET]" in printed and "boxes.safetensors is missing" in printed
+    assert talk.turns[0].routed[0]["trouble"]
+
+
+def test_conversion_carries_routing_along_and_proves_it(folder: Path, tmp_path: Path) -> None:
+    there = convert(folder, tmp_path / "native", Wish(to="native"))
+    assert there.proof.routing is not None and there.proof.routing.tensors > 3 and not there.proof.routing.differing
+    convert(tmp_path / "native", tmp_path / "back")
+    for name in ("tokens", "boxes"):
+        file = Path("routing") / f"{name}.safetensors"
+        assert (tmp_path / "back" / file).read_bytes() == (folder / file).read_bytes()
+    shutil.rmtree(tmp_path / "back" / "routing")
+    assert cli.main(["verify", str(folder), str(tmp_path / "back"), "--device", "cpu"]) == 1
+
+
+def test_a_routing_folder_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "routing" / "routing.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "first_id": 77}))
+    with pytest.raises(CheckpointError, match="77 rows"):
+        load(copy, device="cpu")
+
+
+def test_the_engine_refuses_a_routed_model_by_name(folder: Path) -> None:
+    loaded = load(folder, device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match="super-link queries"):
+        Engine(loaded.model, loaded.tokenizer)
