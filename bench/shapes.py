@@ -1,9 +1,11 @@
 """The engine on a GPU with the shapes of InternVL2-2B in bfloat16: one stream, many requests, pictures, first tokens.
 
-    python bench/shapes.py --json shapes.json
+    python bench/shapes.py --profile --json shapes.json
 
-The weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say nothing, speeds do. Pictures
-are cut into tiles before the clock starts, but for the rows that say "from the picture". Prints a table.
+Prints a table beside the bars of one H200. To find what is slow or wrong, switch parts off one by one: --run-ahead False,
+--own-products False, --cuda-graphs False, --kernels False. --profile adds the kernels of decode steps, of one row and of many,
+and of a prompt with a picture. The weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say
+nothing, speeds do. Pictures are cut into tiles before the clock starts, but for the row that says "from the pixels".
 """
 
 import gc
@@ -18,6 +20,7 @@ import torch
 import tyro
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from torch.profiler import ProfilerActivity, profile
 from work import QUESTIONS, Run, ask, picture_questions
 
 from tessella.chat import Message
@@ -41,7 +44,11 @@ class Options:
     device: str = "cuda"
     tiny: bool = False  # the same work with a tiny model and few requests: a trial of this file on a CPU
     json: Path | None = None
+    run_ahead: bool | None = None
     cuda_graphs: bool = True
+    kernels: bool = True
+    own_products: bool = True
+    profile: bool = False  # which kernels take how long
     text_requests: int = 512
     one_tile_requests: int = 256
     seven_tile_requests: int = 128
@@ -56,6 +63,13 @@ class Row:
     work: str
     number: float
     unit: str
+    bar: float | None = None  # at least this, for milliseconds at most
+
+    @property
+    def reached(self) -> bool | None:
+        if self.bar is None:
+            return None
+        return self.number <= self.bar if self.unit == "ms" else self.number >= self.bar
 
 
 def shape(options: Options) -> ModelConfig:
@@ -118,13 +132,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         cache = 40_000 if self.options.tiny else None
-        settings = EngineSettings(cuda_graphs=self.options.cuda_graphs, cache_fraction=0.7, cache_tokens=cache)
+        o = self.options
+        switches = {"run_ahead": o.run_ahead, "cuda_graphs": o.cuda_graphs, "kernels": o.kernels, "own_products": o.own_products}
+        settings = EngineSettings(cache_fraction=0.7, cache_tokens=cache, max_waiting=4096, **switches)  # type: ignore[arg-type]
         engine = Engine(self.model, self.tokenizer, settings)
         engine.start()
         ask(engine, self.text(2), SamplingParams(max_tokens=4))  # kernels are compiled, memory is taken
         return engine
 
-    def batch(self, work: str, prompts: list[ModelInput]) -> list[Row]:
+    def batch(self, work: str, prompts: list[ModelInput], bar: float | None = None) -> list[Row]:
         runs = []
         for _ in range(self.options.rounds):
             engine = self.engine()
@@ -133,16 +149,16 @@ class Bench:
             del engine
         best = max(runs, key=lambda run: run.requests_per_second)
         return [
-            Row(work, best.requests_per_second, "requests/s"),
+            Row(work, best.requests_per_second, "requests/s", bar),
             Row(work, best.tokens_per_second, "tokens/s"),
             Row(f"{work}, first token, median", 1000 * statistics.median(best.seconds_to_first), "ms"),
         ]
 
-    def stream(self, work: str, prompt: ModelInput) -> Row:
+    def stream(self, work: str, prompt: ModelInput, bar: float | None = None) -> Row:
         engine = self.engine()
         runs: list[Run] = [ask(engine, [prompt], self.answer) for _ in range(self.options.rounds)]
         engine.stop()
-        return Row(work, max(run.tokens_per_second_after_the_first for run in runs), "tokens/s")
+        return Row(work, max(run.tokens_per_second_after_the_first for run in runs), "tokens/s", bar)
 
     def first_tokens(self) -> list[Row]:
         """A picture of 13 tiles: its first token, with and without cutting it into tiles, and that of a second question."""
@@ -157,18 +173,40 @@ class Bench:
             again = picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=seed, question="And how many are there?")[0]
             second.append(ask(engine, [again], ONE_TOKEN).seconds_to_first[0])
         engine.stop()
-        times = {"ready tiles": ready, "from the pixels": whole, "second question about it": second}
-        return [Row(f"first token, 13 tiles, {what}", 1000 * statistics.median(took[1:]), "ms") for what, took in times.items()]
+        times = {"ready tiles": (ready, 80.0), "from the pixels": (whole, 80.0), "second question about it": (second, 15.0)}
+        return [
+            Row(f"first token, 13 tiles, {what}", 1000 * statistics.median(took[1:]), "ms", bar)
+            for what, (took, bar) in times.items()
+        ]
+
+    def profiles(self) -> dict[str, str]:
+        """What each kind of step is made of: torch's table of kernels, by the time on the device."""
+        many = self.text(min(256, self.options.text_requests))
+        work = {
+            "one stream": (self.text(1), self.answer),
+            f"{len(many)} streams": (many, self.answer),
+            "a picture of 13 tiles, first token": (picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=99), ONE_TOKEN),
+        }
+        engine, tables = self.engine(), {}
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        for what, (prompts, params) in work.items():
+            with profile(activities=kinds) as found:
+                ask(engine, prompts, params)
+            tables[f"{what}, {params.max_tokens} tokens each"] = found.key_averages().table(sort_by=by, row_limit=25)
+        engine.stop()
+        return tables
 
     def all(self) -> list[Row]:
         o, inputs = self.options, self.inputs
-        rows = [self.stream("one stream, text", self.text(1)[0])]
+        rows = [self.stream("one stream, text", self.text(1)[0], 700.0)]
         rows.append(self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0]))
-        rows += self.batch(f"{o.text_requests} text requests", self.text(o.text_requests))
-        rows += self.batch(f"{o.one_tile_requests} requests, 1 tile", picture_questions(inputs, o.one_tile_requests, ONE_TILE))
+        rows += self.first_tokens()  # short work first: what is cut off then has told most
+        rows += self.batch(f"{o.text_requests} text requests", self.text(o.text_requests), 300.0)
+        one = picture_questions(inputs, o.one_tile_requests, ONE_TILE)
+        rows += self.batch(f"{o.one_tile_requests} requests, 1 tile", one, 150.0)
         seven = picture_questions(inputs, o.seven_tile_requests, SEVEN_TILES)
-        rows += self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven)
-        return rows + self.first_tokens()
+        return rows + self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven, 30.0)
 
 
 def main(options: Options) -> None:
@@ -179,11 +217,16 @@ def main(options: Options) -> None:
     print(
         f"{where.command}\ncommit {where.commit}, {where.date}, {where.hardware}, {kind}, {options.answer_tokens} tokens each\n"
     )
-    print("| work | number | |\n| --- | --- | --- |")
+    print("| work | number | | bar | reached |\n| --- | --- | --- | --- | --- |")
     for row in rows:
-        print(f"| {row.work} | {row.number:,.1f} | {row.unit} |")
+        bar, reached = ("" if row.bar is None else f"{row.bar:,.0f}"), {None: "", True: "yes", False: "no"}[row.reached]
+        print(f"| {row.work} | {row.number:,.1f} | {row.unit} | {bar} | {reached} |", flush=True)
+    profiles = bench.profiles() if options.profile else {}
+    for what, table in profiles.items():
+        print(f"\n{what}\n{table}")
     if options.json:
-        told = {"command": "bench/shapes.py", "where": asdict(where), "dtype": kind, "rows": [asdict(row) for row in rows]}
+        told = {"command": "bench/shapes.py", "where": asdict(where), "dtype": kind, "profiles": profiles}
+        told["rows"] = [asdict(row) | {"reached": row.reached} for row in rows]
         options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 

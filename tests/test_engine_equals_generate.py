@@ -33,6 +33,7 @@ PENALISED = SamplingParams(max_tokens=9, temperature=0.8, top_p=0.9, seed=6, rep
 PARAMS = (GREEDY, DRAWN, PENALISED)
 ROOMY = EngineSettings(block_tokens=4, cache_tokens=2000, max_batch_tokens=64, max_batch_tiles=4, max_running=8)
 
+AHEAD = dataclasses.replace(ROOMY, run_ahead=True)
 
 FIRST = "InternLM2"  # the family of most tests; a cached function has it named, or it would make two of everything
 
@@ -102,9 +103,10 @@ def test_alone_and_again_from_the_cache() -> None:
         assert guest.usage.cached_tokens == (len(prompts(FIRST)[number]) - 1) // 4 * 4
 
 
-def test_in_company_in_any_order() -> None:
+@pytest.mark.parametrize("how", [ROOMY, AHEAD], ids=["", "ahead"])
+def test_in_company_in_any_order(how: EngineSettings) -> None:
     for order in list(permutations(range(len(prompts(FIRST)))))[::90]:
-        guests = ask(core(), [request(number, DRAWN) for number in order])
+        guests = ask(core(how), [request(number, DRAWN) for number in order])
         assert [guest.ids for guest in guests] == [plain(number, DRAWN) for number in order]
 
 
@@ -136,6 +138,7 @@ engines = st.builds(
     max_batch_tiles=st.sampled_from([1, 3]),
     max_running=st.sampled_from([2, 8]),
     vision_cache_bytes=st.sampled_from([0, 3000, 10**6]),
+    run_ahead=st.booleans(),
 )
 
 
@@ -175,13 +178,42 @@ def test_with_random_arrivals_cancelled_neighbours_and_little_room(walk: list[Vi
     assert one.book.available == one.book.count, "blocks were lost"
 
 
-def test_after_preemption() -> None:
+@pytest.mark.parametrize("roomy", [ROOMY, AHEAD], ids=["", "ahead"])
+def test_after_preemption(roomy: EngineSettings) -> None:
     """Room for one and a half: rows are put back again and again, and nobody notices."""
-    how = dataclasses.replace(ROOMY, cache_tokens=longest + 12)
+    how = dataclasses.replace(roomy, cache_tokens=longest + 12)
     one = core(how)
     guests = ask(one, [request(number, DRAWN) for number in (5, 1, 4, 0)])
     assert one.scheduler.counters.preemptions > 0
     assert [guest.ids for guest in guests] == [plain(number, DRAWN) for number in (5, 1, 4, 0)]
+
+
+def test_a_step_runs_ahead_unless_somebody_waits_for_its_ids() -> None:
+    """Ids come one step later than they are drawn; with one whose next id hangs on its last ones, at once."""
+    one = core(AHEAD)
+    guests = [join(one, request(number, DRAWN)) for number in (0, 1)]
+    one.step()
+    assert not any(guest.ids for guest in guests)
+    one.step()
+    assert all(len(guest.ids) == 1 for guest in guests)
+    guests.append(join(one, request(2, PENALISED)))
+    one.step()
+    assert [len(guest.ids) for guest in guests] == [3, 3, 1]
+    run(one)
+    assert [guest.ids for guest in guests] == [plain(0, DRAWN), plain(1, DRAWN), plain(2, PENALISED)]
+
+
+def test_a_row_that_ends_while_a_step_runs_ahead_leaves_its_blocks_to_others() -> None:
+    """Its blocks are given away and written to while the step that still held it is under way; everybody's answer is right."""
+    first = plain(0, DRAWN)
+    stop = (first[4],)
+    how = dataclasses.replace(AHEAD, cache_tokens=len(prompts(FIRST)[5]) + DRAWN.max_tokens + 8, max_running=2)
+    one = core(how)
+    guests = [join(one, Request(prompts(FIRST)[0], DRAWN, stop)), join(one, request(5, DRAWN)), join(one, request(3, DRAWN))]
+    run(one)
+    assert guests[0].ids == first[: first.index(stop[0])] and guests[0].finish == "stop"
+    assert [guest.ids for guest in guests[1:]] == [plain(5, DRAWN), plain(3, DRAWN)]
+    assert one.book.available == one.book.count
 
 
 def test_several_answers_to_one_prompt_share_its_blocks() -> None:
@@ -241,8 +273,9 @@ def merged(seed: int, seeing: bool) -> Loaded:
     return other
 
 
-def test_several_adapters_in_one_batch_answer_as_their_merged_models() -> None:
-    one = core()
+@pytest.mark.parametrize("how", [ROOMY, AHEAD], ids=["", "ahead"])
+def test_several_adapters_in_one_batch_answer_as_their_merged_models(how: EngineSettings) -> None:
+    one = core(how)
     kinds = {"a": (1, False), "b": (2, True)}
     for name, (seed, seeing) in kinds.items():
         adapter = some_adapter(seed, seeing=seeing)

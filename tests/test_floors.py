@@ -16,6 +16,7 @@ FLOORS = {
     "geometry": 0,
     "marks": 1,
     "routes": 0,
+    "transfer": 0,
     "files": 1,
     "config": 1,
     "image": 1,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from tessella.errors import ConfigError, ImageError
 from tessella.geometry import UNCUT, Grid, Size, Window, fitted, roomiest_grid, window_of
+from tessella.transfer import sent
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -224,7 +225,7 @@ def normalise(tiles: Tensor, dtype: torch.dtype, statistics: str = "imagenet") -
     """
     if tiles.is_floating_point():
         return tiles.to(dtype)
-    mean, std = (torch.tensor(three, device=tiles.device).view(3, 1, 1) for three in STATISTICS[statistics])
+    mean, std = (sent(torch.tensor(three), tiles.device).view(3, 1, 1) for three in STATISTICS[statistics])
     return tiles.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessella.errors import ConfigError
+from tessella.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,15 @@ class Sampler:
 def next_ids(
     logits: Tensor, samplers: Sequence[Sampler], prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[int]:
-    """logits (R, V) of R rows -> the next id of each row; prompts and the answers so far, for the penalties.
+    """logits (R, V) of R rows -> the next id of each row; prompts and the answers so far, for the penalties."""
+    ids: list[int] = choose(logits, samplers, prompts, answers).tolist()  # one transfer for all rows
+    return ids
+
+
+def choose(
+    logits: Tensor, samplers: Sequence[Sampler], prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """next_ids (R,) on the logits' device; without penalties the host waits for nothing.
 
     Each row is drawn from its own logits and its own chance alone.
     """
@@ -91,11 +100,10 @@ def next_ids(
         rows = [row for row, params in enumerate(every) if params.temperature > 0 and params.filters == filtered]
         if rows:
             chances = torch.tensor([samplers[row].chance() for row in rows], dtype=torch.float64)
-            place = torch.tensor(rows, device=logits.device)
+            place = sent(torch.tensor(rows), logits.device)
             drawn = draw(probabilities(logits[place], [every[row] for row in rows]), chances)
             chosen[place] = drawn.to(chosen.device)
-    ids: list[int] = chosen.tolist()  # one transfer for all rows
-    return ids
+    return chosen
 
 
 def draw(weights: Tensor, chances: Tensor) -> Tensor:
@@ -104,7 +112,7 @@ def draw(weights: Tensor, chances: Tensor) -> Tensor:
         weights = weights.cpu()
     sums = weights.double().cumsum(-1)
     total = sums[:, -1:]
-    aim = torch.minimum(chances.to(sums.device)[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    aim = torch.minimum(sent(chances, sums.device)[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(sums, aim, right=True)[:, 0]  # right: an id without weight is never met
 
 
@@ -160,4 +168,4 @@ def probabilities(logits: Tensor, every: Sequence[SamplingParams]) -> Tensor:
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     """(R, 1) float32"""
-    return torch.tensor(numbers, dtype=torch.float32, device=like.device)[:, None]
+    return sent(torch.tensor(numbers, dtype=torch.float32), like.device)[:, None]

@@ -28,10 +28,18 @@ def test_both_sides_are_measured_and_give_the_same_answers(tmp_path: Path, capsy
     assert "4 of 4 answers equal" in capsys.readouterr().out
 
 
-def test_the_work_for_a_gpu_runs_on_a_tiny_model() -> None:
-    from shapes import Bench, Options
+def test_the_work_for_a_gpu_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, ahead of its ids as on a GPU: every bar has a row, a picture's second question finds its first."""
+    from shapes import Bench, Options, main
 
-    bench = Bench(Options(device="cpu", tiny=True, rounds=1, answer_tokens=3))
-    assert {len(prompt) for prompt in bench.text(3)} == {71}
-    rows = bench.batch("2 requests", bench.text(2))
-    assert [row.unit for row in rows] == ["requests/s", "tokens/s", "ms"] and all(row.number > 0 for row in rows)
+    out = tmp_path / "shapes.json"
+    few = {"text_requests": 2, "one_tile_requests": 1, "seven_tile_requests": 1, "answer_tokens": 3, "rounds": 1}
+    options = Options(device="cpu", tiny=True, run_ahead=True, profile=True, json=out, **few)
+    main(options)
+    told = json.loads(out.read_text(encoding="utf-8"))
+    assert sorted(row["bar"] for row in told["rows"] if row["bar"]) == [15, 30, 80, 80, 150, 300, 700]
+    assert all(row["number"] > 0 for row in told["rows"]) and len(told["profiles"]) == 3
+    assert all("aten::" in table for table in told["profiles"].values())
+    printed = capsys.readouterr().out
+    assert "| bar | reached |" in printed and "second question about it" in printed
+    assert {len(prompt) for prompt in Bench(options).text(3)} == {71}

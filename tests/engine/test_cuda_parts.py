@@ -1,6 +1,6 @@
 """What the engine puts together for a GPU gives what the plain parts give; without a GPU in Triton's interpreter.
 
-Torch's packed kernel runs on a GPU alone; without one a loop over rows stands in for it.
+Torch's packed kernel and CUDA's graphs run on a GPU alone; without one a loop over rows and a pass each time stand in for them.
 """
 
 from collections.abc import Iterator
@@ -11,19 +11,27 @@ import torch
 from torch import Tensor
 
 from engine.a_triton import DEVICE  # isort: skip
+from engine.guests import ask
+from engine.test_core import prompt, shown, tiny_loaded
 from engine.test_paged import Held
 from tessella.engine import paged_cuda
-from tessella.engine.graphs import TABLE, DecodeGraphs, sizes_to
+from tessella.engine.core import Core
+from tessella.engine.fast import FastDecoder
+from tessella.engine.graphs import DecodeGraphs, DecodeStep, sizes_to
+from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
+from tessella.engine.lora import Adapters
 from tessella.engine.paged import BlockStore, Paged
-from tessella.engine.paged_cuda import PagedCuda, block_table
+from tessella.engine.paged_cuda import PagedCuda
+from tessella.engine.request import EngineSettings, Request
 from tessella.engine.scheduler import Part
-from tessella.engine.swap import swap_in
+from tessella.generate import generate
 from tessella.model.attend import Causal
-from tessella.model.layers import rope_frequencies, rotary
+from tessella.model.layers import rotary, rotate
+from tessella.sampling import SamplingParams
 from tiny import family, tiny_model
 
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-NEAR = {"atol": 2e-2, "rtol": 2e-2} if torch.cuda.is_available() else {"atol": 1e-5, "rtol": 1e-4}
+NEAR = {"atol": 3e-2, "rtol": 3e-2} if torch.cuda.is_available() else {"atol": 2e-5, "rtol": 1e-4}
 
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int) -> Tensor:
@@ -46,8 +54,15 @@ def packed_anywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def turn_of(places: list[int], config: object) -> Turn:
+    """Angles of every place, and which of them each token has."""
+    cosine, sine = rotary(config, torch.arange(64, device=DEVICE), 64, DTYPE)  # type: ignore[arg-type]
+    return Turn(cosine[:, 0].contiguous(), sine[:, 0].contiguous(), torch.tensor(places, dtype=torch.int32, device=DEVICE))
+
+
 def test_growing_rows_and_prompts_with_and_without_a_past_in_one_step() -> None:
     config = family("InternLM2").language
+    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
     rows = [(5, 1), (0, 1), (31, 1), (0, 9), (12, 7)]  # past, new
     torch.manual_seed(0)
     numbers = iter(torch.randperm(40).tolist())
@@ -58,77 +73,118 @@ def test_growing_rows_and_prompts_with_and_without_a_past_in_one_step() -> None:
     stores[0].values.normal_()
     stores[1].keys.copy_(stores[0].keys)
     stores[1].values.copy_(stores[0].values)
-    count = sum(new for _, new in rows)
-    new = [torch.randn(count, heads, config.head_dim).to(DEVICE, DTYPE) for heads in (config.num_heads, 2, 2)]
-    plain, fast = (
-        kind(store, parts, DEVICE)(1, *(x.clone() for x in new)) for kind, store in zip((Paged, PagedCuda), stores, strict=True)
+    turn = turn_of([at for _, start, end in parts for at in range(start, end)], config)
+    qkv = torch.randn(len(turn.places), heads.columns).to(DEVICE, DTYPE)
+    q, k, v = (
+        x.unflatten(1, (-1, heads.width)) for x in qkv.clone().split([n * heads.width for n in (heads[0], *[heads[1]] * 2)], 1)
     )
-    torch.testing.assert_close(fast, plain, **NEAR)
-    torch.testing.assert_close(stores[0].keys, stores[1].keys)
+    cosine, sine = (table[turn.places.long()][:, None] for table in (turn.cosine, turn.sine))
+    plain = Paged(stores[0], parts, DEVICE)(1, rotate(q, cosine, sine), rotate(k, cosine, sine), v)
+    fast = PagedCuda(stores[1], heads, turn, parts, DEVICE)(1, qkv, None)
+    torch.testing.assert_close(fast, plain.flatten(1), **NEAR)
+    torch.testing.assert_close(stores[0].keys, stores[1].keys, **NEAR)
     torch.testing.assert_close(stores[0].values, stores[1].values)
 
 
-@pytest.mark.parametrize("name", ["InternLM2", "Qwen3"])  # one with, one without a norm over heads
-def test_a_swapped_model_gives_the_same_and_can_be_swapped_back(name: str) -> None:
+class Alone:
+    """A JoinedAttend of one row without a past, in plain torch."""
+
+    def __init__(self, heads: Heads, turn: Turn):
+        self.heads, self.turn = heads, turn
+
+    def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
+        hq, hk, d = self.heads
+        q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split([hq * d, hk * d, hk * d], 1))
+        if norms is not None:
+            q, k = (torch.nn.functional.rms_norm(x, (d,), weight, norms.eps) for x, weight in ((q, norms.query), (k, norms.key)))
+        cosine, sine = (table[self.turn.places.long()][:, None] for table in (self.turn.cosine, self.turn.sine))
+        return Causal([len(qkv)], DEVICE)(layer, rotate(q, cosine, sine), rotate(k, cosine, sine), v).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["InternLM2", "Qwen2", "Qwen3"])  # plain; with biases; with norms over heads and a tied head
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_joined_decoder_computes_what_the_model_does_and_holds_nothing_twice(name: str, tokens: int) -> None:
     model = tiny_model(family(name)).to(DEVICE, DTYPE)
-    language = model.language_model
-    x = torch.randn(6, 64).to(DEVICE, DTYPE)
-    turn = rotary(model.config.language, torch.arange(6, device=DEVICE), 6, DTYPE)
+    config = model.config.language
+    x = torch.randn(tokens, config.hidden_size).to(DEVICE, DTYPE)
+    places = torch.arange(tokens, device=DEVICE)
     with torch.inference_mode():
-        plain = language.run(x, turn, Causal([6], DEVICE))
-        undo = swap_in(model)
-        swapped = language.run(x, turn, Causal([6], DEVICE))
-        undo()
-        again = language.run(x, turn, Causal([6], DEVICE))
-    torch.testing.assert_close(swapped, plain, **NEAR)
-    assert not torch.equal(swapped, plain) or torch.bfloat16 == DTYPE, "nothing was swapped"
-    assert torch.equal(again, plain)
+        plain = model.language_model.run(x, rotary(config, places, 64, DTYPE), Causal([tokens], DEVICE))
+        bytes_before = sum(weight.nbytes for weight in model.parameters())
+        fast = FastDecoder(model, Adapters(model), single=True)
+        heads = fast.heads
+        hidden = fast.run(x, Alone(heads, turn_of(list(range(tokens)), config)))
+        torch.testing.assert_close(hidden, plain, **NEAR)
+        torch.testing.assert_close(fast.logits(hidden), model.logits(plain), **NEAR)
+        again = model.language_model.run(x, rotary(config, places, 64, DTYPE), Causal([tokens], DEVICE))
+    assert torch.equal(again, plain), "joining changed a weight"
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
+    assert sum(storages.values()) == bytes_before
 
 
 def test_a_captured_steps_arithmetic_is_that_of_a_plain_one() -> None:
-    """The pass that a graph records, run without recording: input rows with fillers against the plain Attend."""
+    """The pass that a graph records, run without recording: a known id, one drawn before, and fillers."""
     model = tiny_model(family("InternLM2")).to(DEVICE, DTYPE)
     language = model.config.language
     stores = [BlockStore(language, 12, 4, DEVICE, DTYPE) for _ in range(2)]
     held = [Held([3, 1, 7]), Held([2])]
+    held[0].tokens, held[0].place = [0] * 9, 3  # type: ignore[attr-defined]
+    held[1].tokens, held[1].place = [30], 0  # type: ignore[attr-defined]
     parts = [Part(row, start, start + 1) for row, start in zip(held, (9, 0), strict=True)]  # type: ignore[arg-type]
+    drawn = torch.zeros((2, 6), dtype=torch.int64, device=DEVICE)
+    drawn[0, 3] = 17  # the id of the first row
     ids, positions = torch.tensor([17, 30], device=DEVICE), torch.tensor([9, 0], device=DEVICE)
-    step = DecodeGraphs.__new__(DecodeGraphs)  # without capturing, which needs a GPU
-    step.model, step.store, step.frequencies = model, stores[1], rope_frequencies(language, 0, DEVICE)
-    rows = torch.zeros((4, TABLE + 5), dtype=torch.int32)
-    rows[:, TABLE:] = stores[1].filler
-    rows[:2, 0], rows[:2, 1] = ids.cpu(), positions.cpu()
-    rows[:2, TABLE : TABLE + 3] = block_table([row.blocks for row in held], stores[1].filler)
     with torch.inference_mode():
-        captured = step._pass(rows.to(DEVICE))[:2]
         turn = rotary(language, positions, 0, DTYPE)
         hidden = model.language_model.run(model.language_model.embed(ids), turn, Paged(stores[0], parts, DEVICE))
-        torch.testing.assert_close(captured, model.logits(hidden), **NEAR)
+        logits = model.logits(hidden)
+        table = turn_of([], language)
+        step = DecodeStep(FastDecoder(model, Adapters(model), single=True), stores[1], table.cosine, table.sine, drawn, 20)
+        told = step.fill(parts, 4)
+        step.told[: len(told)].copy_(told)
+        captured = step.run(4)
+    torch.testing.assert_close(captured[:2], logits, **NEAR)
+    assert drawn[0, :2].tolist() == captured[:2].argmax(1).tolist() and drawn[1, :2].tolist() == [1, 1]
     torch.testing.assert_close(stores[1].keys[:, :12], stores[0].keys[:, :12], **NEAR)
 
 
+class Repeated:
+    """A graph's place: the pass is run again, and its logits are put where the first ones were."""
+
+    def __init__(self, step: DecodeStep, size: int):
+        self.step, self.size = step, size
+        self.logits = step.run(size)
+
+    def pool(self) -> None:
+        return None
+
+    def replay(self) -> None:
+        self.logits.copy_(self.step.run(self.size))
+
+
+def test_a_whole_engine_of_kernels_gives_the_ids_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, a picture, a second question from the cache; steps run ahead, ids stay on the device."""
+    monkeypatch.setattr(DecodeGraphs, "_captured", lambda self, size, pool: (graph := Repeated(self.step, size), graph.logits))
+    loaded = tiny_loaded(DEVICE.type, str(DTYPE).removeprefix("torch."))
+    how = EngineSettings(block_tokens=16, cache_tokens=512, max_running=2, run_ahead=True)
+    asked = [
+        (prompt(loaded), SamplingParams(max_tokens=4)),
+        (shown(loaded, "red"), SamplingParams(max_tokens=3, temperature=1.0, seed=3)),
+    ]
+    plain = [list(generate(loaded.model, one, params, ())) for one, params in asked]
+    core = Core(loaded.model, loaded.tokenizer, how)
+    if core.runner.fast is None:
+        core.runner.take_kernels(how, 2, core.longest_row)
+    captured = []
+    run = core.runner.fast.graphs.run  # type: ignore[union-attr]
+    monkeypatch.setattr(core.runner.fast.graphs, "run", lambda parts: captured.append(len(parts)) or run(parts))  # type: ignore[union-attr, func-returns-value]
+    for _ in range(2):
+        guests = ask(core, [Request(one, params, ()) for one, params in asked])
+        equal = sum(a == b for guest, ids in zip(guests, plain, strict=True) for a, b in zip(guest.ids, ids, strict=True))
+        assert equal == 7 if DEVICE.type == "cpu" else equal >= 5
+    assert 2 in captured and guests[1].usage.cached_tokens > 0
+
+
 def test_there_is_a_graph_for_every_number_of_rows() -> None:
-    assert sizes_to(1)[0] == 1 and sizes_to(256)[-1] >= 256
-    assert all(0 < b - a <= 32 for a, b in pairwise(sizes_to(256)))
-
-
-@pytest.mark.gpu
-def test_graphs_give_what_the_plain_way_gives_in_bfloat16() -> None:
-    """On a GPU, whole engines: with graphs, without, and generate.py agree on nearly all ids."""
-    from engine.guests import ask
-    from engine.test_core import prompt, tiny_loaded
-    from tessella.engine.core import Core
-    from tessella.engine.request import EngineSettings, Request
-    from tessella.generate import generate
-    from tessella.sampling import SamplingParams
-
-    loaded = tiny_loaded("cuda", "bfloat16")
-    asked = [Request(prompt(loaded, text), SamplingParams(max_tokens=24), ()) for text in ("hello", "what is it", "rice")]
-    plain = [list(generate(loaded.model, one.prompt, one.params, ())) for one in asked]
-    for cuda_graphs in (True, False):
-        core = Core(loaded.model, loaded.tokenizer, EngineSettings(cache_tokens=4096, max_running=8, cuda_graphs=cuda_graphs))
-        assert (core.runner.graphs is not None) == cuda_graphs
-        got = [guest.ids for guest in ask(core, asked)]
-        core.runner.leave()
-        equal = sum(a == b for one, two in zip(got, plain, strict=True) for a, b in zip(one, two, strict=True))
-        assert equal >= 0.9 * 72, f"{equal} of 72 ids equal"
+    assert sizes_to(1)[0] == 1 and sizes_to(512)[-1] >= 512
+    assert all(0 < b - a <= 32 for a, b in pairwise(sizes_to(512)))

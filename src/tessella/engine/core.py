@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tessella.engine.answer import Answer
 from tessella.engine.blocks import BlockBook
-from tessella.engine.draw import draw
+from tessella.engine.draw import Drawing
 from tessella.engine.lora import Adapter, make_adapter
 from tessella.engine.paged import BlockStore
 from tessella.engine.request import EngineSettings, Finish, LowRank, OnPiece, Piece, Request
 from tessella.engine.row import Row
 from tessella.engine.runner import Runner
-from tessella.engine.scheduler import Scheduler
+from tessella.engine.scheduler import Batch, Scheduler
 from tessella.engine.sizes import fit
 from tessella.engine.vision import VisionCache
 from tessella.errors import ContextError, EngineError
@@ -54,10 +54,12 @@ class Core:
             model,
             store,
             self.seen,
-            cuda_graphs=settings.cuda_graphs,
+            settings=settings,
             most_rows=sizes.running,
             longest_row=self.longest_row,
         )
+        self.runs_ahead = settings.run_ahead if settings.run_ahead is not None else model.device.type == "cuda"
+        self._flying: Drawing | None = None  # of the step that was launched last
         self.live: dict[int, Row] = {}  # by number, from add to the last piece
         self.adapters: dict[str, Adapter] = {}
         self.steps = 0
@@ -101,16 +103,40 @@ class Core:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Run what can be run now, and give out what came of it."""
+        """Launch what can be run now, and give out what came of the step before it, or of this one when none is to run ahead.
+
+        Running ahead, a row that has ended may be in the step that was launched meanwhile. What that step writes lies in blocks
+        that were the row's; whoever has them now writes after it, since the device runs steps in order.
+        """
         batch = self.scheduler.next_batch()
-        if batch is None:
-            return
-        logits = self.runner.run(batch)
+        launched = None if batch is None else self._launch(batch)
+        flying, self._flying = self._flying, launched
+        if flying is not None:
+            self._land(flying)
+        if launched is not None and not (self.runs_ahead and not any(row.waits_for_its_ids for row in launched.rows)):
+            self._flying = None
+            self._land(launched)
+
+    def _launch(self, batch: Batch) -> Drawing | None:
+        """None when no row draws."""
+        drawing = batch.drawing
+        outcome = self.runner.run(batch)
         self.scheduler.done(batch)
         self.steps += 1
-        if logits is None:
-            return
-        for row, drawn in zip(batch.drawing, draw(batch.drawing, logits), strict=True):
+        if outcome is None:
+            return None
+        launched = Drawing(drawing, outcome.logits, outcome.drawn)
+        for place, row in enumerate(drawing):
+            row.pending += 1
+            row.place = place
+        return launched
+
+    def _land(self, flying: Drawing) -> None:
+        """Wait for the ids of a step and give them out."""
+        for row, drawn in zip(flying.rows, flying.land(), strict=True):
+            row.pending -= 1
+            if row.number not in self.live:
+                continue  # it ended while this step ran
             piece = row.answer.take(drawn.id, drawn.logprob) if drawn.error is None else row.answer.end("error", drawn.error)
             self.answer_tokens += len(piece.ids)
             if piece.finish is None:

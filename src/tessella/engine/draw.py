@@ -1,6 +1,6 @@
 """Logits become each row's next id, with its logarithm when it was asked for.
 
-In: logits (R, V) of R rows.  Out: a Drawn a row.
+In: logits (R, V) of R rows.  Out: a Drawing, which goes on while the next step is launched; then a Drawn a row.
 R rows, V vocabulary.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from tessella.engine.request import Logprob
 from tessella.engine.row import Row
 from tessella.errors import TessellaError
-from tessella.sampling import next_ids
+from tessella.sampling import choose
+from tessella.transfer import Arrival
 
 NOT_FINITE = "the model's numbers are no longer finite; its weights or the adapter's are damaged, or float16 is too narrow for it"
 NOTHING_ALLOWED = "the grammar allows no token here; ask for another response format"
@@ -28,23 +29,44 @@ class Drawn:
     error: str | None = None
 
 
-def draw(rows: Sequence[Row], logits: Tensor) -> list[Drawn]:
-    """logits (R, V) -> what was drawn for each row; a mask is told its id."""
+class Drawing:
+    """What one step draws: under way as soon as this is made, known when `land` comes back.
+
+    rows: those that draw. logits (R, V) of theirs. drawn (2, R) int64 on the same device: the likeliest id of each row, and
+    whether its logits are finite; the id that is drawn instead is written over it. Both may be used again after `land`, and
+    before it unless a row waits_for_its_ids.
+    """
+
+    def __init__(self, rows: Sequence[Row], logits: Tensor, drawn: Tensor):
+        self.rows = rows
+        self._errors: list[str | None] = [None] * len(rows)
+        self._logits = logits if any(row.request.logprobs is not None for row in rows) else None
+        if not all(row.takes_the_likeliest for row in rows):
+            samplers = [row.answer.sampler for row in rows]
+            allowed = _masked(rows, logits, self._errors)
+            chosen = choose(allowed, samplers, [row.prompt_ids for row in rows], [row.answer.ids for row in rows])
+            drawn[0] = chosen.clamp_(max=logits.shape[1] - 1)  # where logits are not finite there is no such id
+        self._arrival = Arrival(drawn)
+
+    def land(self) -> list[Drawn]:
+        """What was drawn for each row; a mask is told its id."""
+        ids, finite = self._arrival.wait().tolist()
+        drawn = []
+        for place, (row, token, fine, error) in enumerate(zip(self.rows, ids, finite, self._errors, strict=True)):
+            if not fine:
+                error = NOT_FINITE
+            error = error or _tell_mask(row, token)
+            top, logprob = row.request.logprobs, None
+            if self._logits is not None and top is not None and not error:
+                logprob = logprob_of(self._logits[place], token, top)
+            drawn.append(Drawn(token, logprob, error))
+        return drawn
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """logits (R, V) -> (2, R) int64: the likeliest id of each row, and 1 where its logits are finite, else 0."""
     best = logits.max(-1)  # a NaN anywhere is the largest
-    ids, finite = torch.stack((best.indices, best.values.isfinite().long())).tolist()  # one transfer
-    if all(finite) and all(row.takes_the_likeliest for row in rows):
-        return [Drawn(token) for token in ids]
-    errors: list[str | None] = [None if fine else NOT_FINITE for fine in finite]
-    logits = logits.nan_to_num() if not all(finite) else logits
-    allowed = _masked(rows, logits, errors)
-    samplers = [row.answer.sampler for row in rows]
-    chosen = next_ids(allowed, samplers, [row.prompt_ids for row in rows], [row.answer.ids for row in rows])
-    drawn = []
-    for place, (row, token, error) in enumerate(zip(rows, chosen, errors, strict=True)):
-        error = error or _tell_mask(row, token)
-        logprob = None if error or row.request.logprobs is None else logprob_of(logits[place], token, row.request.logprobs)
-        drawn.append(Drawn(token, logprob, error))
-    return drawn
+    return torch.stack((best.indices, best.values.isfinite().long()))
 
 
 def _masked(rows: Sequence[Row], logits: Tensor, errors: list[str | None]) -> Tensor:

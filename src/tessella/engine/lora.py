@@ -103,15 +103,15 @@ class Adapters:
             handle.remove()
         self._hooks = {}
 
-    def _adding(self, module: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
-            """inputs[0] (T, in), out (T, width out), which is changed in place."""
-            for adapter, start, end in self.runs:
-                if module in adapter.pairs:
-                    a, b = adapter.pairs[module]
-                    out[start:end] += inputs[0][start:end] @ a.T @ b.T
+    def add(self, module: str, x: Tensor, out: Tensor) -> None:
+        """x (T, in), out (T, width out), which is changed in place: what each run's adapter adds to this layer's output."""
+        for adapter, start, end in self.runs:
+            if module in adapter.pairs:
+                a, b = adapter.pairs[module]
+                out[start:end] += x[start:end] @ a.T @ b.T
 
-        return add
+    def _adding(self, module: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda _, inputs, out: self.add(module, inputs[0], out)
 
 
 class Sight(nn.Module):

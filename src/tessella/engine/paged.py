@@ -47,6 +47,11 @@ class BlockStore:
         )
         return keys, values
 
+    def tokens(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """places (T, H), counted in heads' tokens -> keys and values (T, H, D)."""
+        keys, values = (store[layer].view(-1, store.shape[-1])[places] for store in (self.keys, self.values))
+        return keys, values
+
 
 class Paged:
     """For one step. parts: what is run, those of one token in front; blocks are read from the rows.
@@ -114,13 +119,14 @@ def blocks_to(part: Part, store: BlockStore) -> list[int]:
 
 def places_of(parts: Sequence[Part], store: BlockStore) -> Tensor:
     """(T * Hk,) int64: where each head of each new token goes, as BlockStore.put wants it."""
-    size = store.block_tokens
-    token_places = []
-    for row, start, end in parts:
-        at = torch.arange(start, end)
-        token_places.append(torch.tensor(row.blocks)[at // size] * (store.heads * size) + at % size)
-    places = torch.cat(token_places)
-    return (places[:, None] + torch.arange(store.heads) * size).flatten()
+    places = torch.cat([token_places(part, store) for part in parts])
+    return (places[:, None] + torch.arange(store.heads) * store.block_tokens).flatten()
+
+
+def token_places(part: Part, store: BlockStore) -> Tensor:
+    """(T,) int64: where each token of a part lies, as of head 0, counted in heads' tokens: block * Hk * B + offset."""
+    size, at = store.block_tokens, torch.arange(part.start, part.end)
+    return torch.tensor(part.row.blocks)[at // size] * (store.heads * size) + at % size
 
 
 def head_table(rows: Sequence[Sequence[int]], store: BlockStore) -> Tensor:

@@ -1,6 +1,7 @@
-"""The engine's Attend on a GPU in 16-bit types: Triton for rows that grow, torch's packed kernel for prompts.
+"""The engine's attention on a GPU in 16-bit types: Triton for rows that grow, torch's packed kernel for prompts.
 
-In and out as in paged.py; the blocks are the same. The rows that grow need nothing but tensors, so a CUDA graph can hold them.
+In: a layer's joined product (T, columns), as FastDecoder hands it over.  Out: what each query sees (T, Hq * D). The blocks are
+those of paged.py. The rows that grow need nothing but tensors, so a CUDA graph can hold them.
 T new tokens, R rows with one new token each, which stand in front; Hq, Hk heads of width D; B tokens a block; W blocks a row.
 """
 
@@ -9,87 +10,73 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessella.engine import kernels
-from tessella.engine.paged import BlockStore, blocks_to, head_table
+from tessella.engine.kernels.attend import HeadNorms, Heads, Turn, grow, turn_and_put
+from tessella.engine.paged import BlockStore, blocks_to, token_places
 from tessella.engine.scheduler import Part
 from tessella.model.attend import packed
+from tessella.transfer import sent
 
 
 class Growing:
-    """Rows with one new token each. table (R, W) int32, positions (R,) of the new tokens."""
+    """Rows with one new token each. table (R, W) int32, positions (R,) int32 of the new tokens."""
 
-    def __init__(self, store: BlockStore, table: Tensor, positions: Tensor):
-        self.store = store
-        self.table = table
-        self.lengths = (positions + 1).to(torch.int32)
-        size = store.block_tokens
-        block = table.gather(1, (positions // size).long()[:, None])[:, 0].long()
-        self.places = block * (store.heads * size) + positions % size  # (R,), as of head 0
+    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, table: Tensor, positions: Tensor):
+        self.store, self.heads, self.turn = store, heads, turn
+        self.table, self.positions = table, positions
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         keys, values = self.store.keys[layer], self.store.values[layer]
-        kernels.put(k, v, self.places, keys, values)
-        return kernels.decode(q, keys, values, self.table, self.lengths)
+        return grow(qkv, self.heads, self.turn, norms, keys, values, self.table, self.positions)
 
 
 class Prompts:
     """Rows with several new tokens each, one after the other; those with a past are read back from their blocks."""
 
-    def __init__(self, store: BlockStore, parts: Sequence[Part], device: torch.device):
-        self.store = store
-        self.counts = [part.end - part.start for part in parts]
-        self.pasts = [part.start for part in parts]
-        size = store.block_tokens
-        places = []
-        for row, start, end in parts:
-            at = torch.arange(start, end)
-            places.append(torch.tensor(row.blocks)[at // size] * (store.heads * size) + at % size)
-        self.places = torch.cat(places).to(device, non_blocking=True)
-        self.tables = [head_table([blocks_to(part, store)], store).to(device) if part.start else None for part in parts]
-        ends = [part.end for part in parts]
-        self.starts_q = torch.tensor([0, *self.counts]).cumsum(0, dtype=torch.int32).to(device)
-        self.starts_k = torch.tensor([0, *ends]).cumsum(0, dtype=torch.int32).to(device)
-        self.longest_q, self.longest_k = max(self.counts), max(ends)
+    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device):
+        self.store, self.heads, self.turn = store, heads, turn
+        self.places = sent(torch.cat([token_places(part, store) for part in parts]), device)
+        counts, ends = [part.end - part.start for part in parts], [part.end for part in parts]
+        self.starts_q = sent(torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32), device)
+        self.starts_k = sent(torch.tensor([0, *ends]).cumsum(0, dtype=torch.int32), device)
+        self.longest_q, self.longest_k = max(counts), max(ends)
+        self.whole: Tensor | None = None  # (Tk, Hq) where each head's tokens of all rows lie, past and new
+        if any(part.start for part in parts):
+            whole = sent(torch.cat([token_places(Part(part.row, 0, part.end), store) for part in parts]), device)
+            shared = torch.arange(heads.query, device=device) // (heads.query // heads.shared)  # the head whose keys it meets
+            self.whole = whole[:, None] + shared * store.block_tokens
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kernels.put(k, v, self.places, self.store.keys[layer], self.store.values[layer])
-        if any(self.pasts):
-            k, v = self._whole(layer, k, v)
-        return packed(q, k, v, self.starts_q, self.starts_k, self.longest_q, self.longest_k)
-
-    def _whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens of all rows, past and new, back to back (Tk, Hk, D)."""
-        keys, values = [], []
-        for table, past, new_k, new_v in zip(self.tables, self.pasts, k.split(self.counts), v.split(self.counts), strict=True):
-            if table is not None:
-                old_k, old_v = (x[0, :, :past].transpose(0, 1) for x in self.store.gather(layer, table))
-                keys.append(old_k)
-                values.append(old_v)
-            keys.append(new_k)
-            values.append(new_v)
-        return torch.cat(keys), torch.cat(values)
+    def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
+        hq, hk, d = self.heads
+        turn_and_put(qkv, self.heads, self.turn, norms, self.places, self.store.keys[layer], self.store.values[layer])
+        q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split((hq * d, hk * d, hk * d), dim=1))
+        if self.whole is not None:
+            k, v = self.store.tokens(layer, self.whole)  # once for each query head, as the packed kernel wants it
+        return packed(q, k, v, self.starts_q, self.starts_k, self.longest_q, self.longest_k).flatten(1)
 
 
 class PagedCuda:
-    """For one step that is not run by a graph."""
+    """For one step that is not run by a graph. turn: of all tokens, growing rows' first."""
 
-    def __init__(self, store: BlockStore, parts: Sequence[Part], device: torch.device):
+    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device):
         self.growing = sum(part.end - part.start == 1 for part in parts)
         rows, prompts = parts[: self.growing], parts[self.growing :]
+        cosine, sine, places = turn
         self.first: Growing | None = None
         if rows:
-            positions = torch.tensor([part.start for part in rows])
-            table = block_table([part.row.blocks for part in rows], store.filler)
-            self.first = Growing(store, table.to(device), positions.to(device))
-        self.rest = Prompts(store, prompts, device) if prompts else None
+            positions = sent(torch.tensor([part.start for part in rows], dtype=torch.int32), device)
+            table = sent(block_table([blocks_to(part, store) for part in rows], store.filler), device)
+            self.first = Growing(store, heads, Turn(cosine, sine, places[: self.growing]), table, positions)
+        self.rest: Prompts | None = None
+        if prompts:
+            self.rest = Prompts(store, heads, Turn(cosine, sine, places[self.growing :]), prompts, device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         n = self.growing
         seen = []
         if self.first is not None:
-            seen.append(self.first(layer, q[:n], k[:n], v[:n]))
+            seen.append(self.first(layer, qkv[:n], norms))
         if self.rest is not None:
-            seen.append(self.rest(layer, q[n:], k[n:], v[n:]))
+            seen.append(self.rest(layer, qkv[n:], norms))
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 
 

@@ -129,7 +129,10 @@ class EngineSettings:
     max_running: int | None = None  # answers that grow side by side
     max_waiting: int = 512  # requests that wait; one more is refused with QueueFull
     vision_cache_bytes: int = 256 * 2**20  # visual tokens kept by tile, for all requests
+    run_ahead: bool | None = None  # launch a step before the ids of the last are known; None: on a GPU
     cuda_graphs: bool = True  # decode through captured graphs on a GPU
+    kernels: bool = True  # on a GPU in 16-bit types: joined products and our kernels between them; false also means no graphs
+    own_products: bool = True  # one row alone: our kernels for its products too, instead of cuBLAS
 
     def __post_init__(self) -> None:
         for name, value, legal, range_ in (

@@ -39,9 +39,12 @@ class Row:
         self.stretched = self.total > unstretched_tokens
         self.prompt_ids: list[int] = request.prompt.ids.tolist()
         self.tokens = list(self.prompt_ids)  # and the answer
-        self.computed = 0  # tokens whose keys and values lie in the blocks
+        self.pending = 0  # ids that are drawn but not known yet; they stand behind the tokens
+        self.place = 0  # of the newest such id among those of the step that drew it
+        self.computed = 0  # tokens whose keys and values lie in the blocks, or will when the steps that run are over
         self.blocks: list[int] = []
         self.published = 0  # blocks that were given their key, or came with it
+        self.runs = False  # is among the scheduler's running rows
         self.was_admitted = False
         self._block_tokens = block_tokens
         self._slots_per_tile = slots_per_tile
@@ -55,10 +58,26 @@ class Row:
         plain = request.params.temperature == 0 and not request.params.penalises
         return plain and request.mask is None and request.logprobs is None
 
+    @cached_property
+    def waits_for_its_ids(self) -> bool:
+        """Whether a step must wait for the ids of the one before: something on the host hangs on them, or on the logits."""
+        request = self.request
+        return request.mask is not None or request.params.penalises or request.logprobs is not None
+
+    @property
+    def length(self) -> int:
+        """Tokens, known or not."""
+        return len(self.tokens) + self.pending
+
     @property
     def missing(self) -> int:
         """Tokens that are still to be computed before the next id can be drawn."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer has all its ids, though some may not be known yet."""
+        return len(self.answer.ids) + self.pending >= self.request.params.max_tokens
 
     @property
     def sight(self) -> int:

@@ -1,26 +1,35 @@
 """A step's work becomes logits: tiles are seen, tokens are embedded, the decoder is run over the blocks.
 
-In: Batch.  Out: logits (R, V) of the rows that draw.
+In: Batch.  Out: Outcome, the logits (R, V) of the rows that draw and their likeliest ids.
 T new tokens of all rows back to back, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tessella.engine.draw import likeliest
 from tessella.engine.lora import Adapter, Adapters, Run, Sight
 from tessella.engine.paged import BlockStore, Paged
+from tessella.engine.request import EngineSettings
 from tessella.engine.row import Row
 from tessella.engine.scheduler import Batch, Part
 from tessella.engine.vision import TileKey, VisionCache
-from tessella.model.attend import Attend
 from tessella.model.layers import rope_frequencies, rotary_at
 from tessella.model.vision_language import VisionLanguageModel
+from tessella.transfer import sent, sent_together
 
 if TYPE_CHECKING:
-    from tessella.engine.graphs import DecodeGraphs
+    from tessella.engine.fast_run import FastRun
+
+
+class Outcome(NamedTuple):
+    """Of the rows that draw, on the device, perhaps still being computed; to be used before the next run."""
+
+    logits: Tensor  # (R, V)
+    drawn: Tensor  # (2, R) int64: the likeliest ids, and whether logits are finite
 
 
 class Runner:
@@ -32,7 +41,7 @@ class Runner:
         store: BlockStore,
         seen: VisionCache,
         *,
-        cuda_graphs: bool,
+        settings: EngineSettings,
         most_rows: int,
         longest_row: int,
     ):
@@ -43,54 +52,50 @@ class Runner:
         self.sight = Sight(model)
         language = model.config.language
         self.frequencies = rope_frequencies(language, 0, model.device)  # (D / 2,) of rows that are not stretched
-        self.paged: Callable[[BlockStore, Sequence[Part], torch.device], Attend] = Paged
-        self.graphs: DecodeGraphs | None = None
-        self._undo: Callable[[], None] | None = None
-        if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
-            self._take_kernels(most_rows, longest_row if cuda_graphs else None)
+        self.drawn = torch.zeros((2, 2 * most_rows + 32), dtype=torch.int64, device=model.device)  # of the last step: see Drawing
+        self.fast: FastRun | None = None
+        if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16) and settings.kernels:
+            torch.cuda.set_device(model.device)  # where Triton launches
+            self.take_kernels(settings, most_rows, longest_row)
 
-    @torch.inference_mode()
-    def _take_kernels(self, most_rows: int, longest_row: int | None) -> None:
-        """Run on a GPU with Triton and, unless longest_row is None, with graphs."""
+    def take_kernels(self, settings: EngineSettings, most_rows: int, longest_row: int) -> None:
+        """Run with Triton and, if so set, with graphs."""
         # Imported here: Triton comes with torch for CUDA alone.
-        from tessella.engine.graphs import DecodeGraphs
-        from tessella.engine.paged_cuda import PagedCuda
-        from tessella.engine.swap import swap_in
+        from tessella.engine.fast_run import FastRun
 
-        torch.cuda.set_device(self.model.device)  # where Triton launches
-        self.paged = PagedCuda
-        self._undo = swap_in(self.model)
-        if longest_row is not None:
-            self.graphs = DecodeGraphs(self.model, self.store, self.frequencies, most_rows, longest_row)
+        self.fast = FastRun(self.model, self.adapters, self.store, self.drawn, self.frequencies, settings, most_rows, longest_row)
 
     def leave(self) -> None:
         """Give the model back as it was; no step may follow."""
         self.adapters.unhook()
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor | None:
-        """The logits (R, V) of batch.drawing, None when no row draws."""
+    def run(self, batch: Batch) -> Outcome | None:
+        """Of batch.drawing, None when no row draws. The host waits for nothing that runs on a GPU."""
         parts = batch.parts
-        if self.graphs is not None and self.graphs.fit(parts):
-            return self.graphs.run(parts)
+        if self.fast is not None and (logits := self.fast.captured(parts)) is not None:
+            return Outcome(logits, self.drawn[:, : len(parts)])
         visual = self._visual_tokens(batch)
         embeddings = self._embed(parts, visual)
-        turn = rotary_at(self.model.config.language, *self._angles(parts), embeddings.dtype)
-        attend = self.paged(self.store, parts, self.model.device)
+        positions, frequencies = self._angles(parts)
         self.adapters.runs = self._runs(parts, [part.end - part.start for part in parts])
-        hidden = self.model.language_model.run(embeddings, turn, attend)
+        if self.fast is not None:
+            hidden = self.fast.hidden(embeddings, parts, positions, frequencies)
+        else:
+            turn = rotary_at(self.model.config.language, positions, frequencies, embeddings.dtype)
+            hidden = self.model.language_model.run(embeddings, turn, Paged(self.store, parts, self.model.device))
         drawing = [part for part in parts if part.draws]
         if not drawing:
+            self.adapters.runs = ()
             return None
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
-        last = ends[[i for i, part in enumerate(parts) if part.draws]].to(self.model.device)
+        last = sent(ends[[i for i, part in enumerate(parts) if part.draws]], self.model.device)
         self.adapters.runs = self._runs(drawing, [1] * len(drawing))  # the head, too, may have a pair
         logits = self.model.logits(hidden[last])
         self.adapters.runs = ()
-        return logits
+        drawn = self.drawn[:, : len(drawing)]
+        drawn.copy_(likeliest(logits))
+        return Outcome(logits, drawn)
 
     def _visual_tokens(self, batch: Batch) -> dict[TileKey, Tensor]:
         """The visual tokens of every tile that this step has slots of; new ones are seen now, all of one sight together."""
@@ -101,7 +106,7 @@ class Runner:
             by_sight.setdefault(key.sight, []).append(key)
         for keys in by_sight.values():
             places = [batch.tiles[key] for key in keys]
-            tiles = torch.stack([row.request.prompt.tiles[tile] for row, tile in places]).to(self.model.device)
+            tiles = sent_together([row.request.prompt.tiles[tile] for row, tile in places], self.model.device)
             prompts = [(row.request.prompt, tile) for row, tile in places]
             questions = [prompt.questions[tile] for prompt, tile in prompts if prompt.questions]
             tokens = self.sight.through(places[0][0].adapter, tiles, questions)
@@ -112,8 +117,18 @@ class Runner:
 
     def _embed(self, parts: Sequence[Part], visual: dict[TileKey, Tensor]) -> Tensor:
         """(T, D), pictures in their slots."""
-        ids = torch.tensor([token for row, start, end in parts for token in row.tokens[start:end]])
-        embeddings = self.model.language_model.embed(ids.to(self.model.device))
+        device, told = self.model.device, []
+        behind: list[tuple[int, int]] = []  # where ids go that the step before has drawn, and their places there
+        for row, start, end in parts:
+            told += row.tokens[start:end]
+            if end > len(row.tokens):
+                behind.append((len(told), row.place))
+                told.append(0)
+        ids = sent(torch.tensor(told), device)
+        if behind:
+            places, sources = sent(torch.tensor(behind).T.contiguous(), device)
+            ids.index_copy_(0, places, self.drawn[0, sources])
+        embeddings = self.model.language_model.embed(ids)
         at = 0
         for row, start, end in parts:
             for tile in row.tiles_in(start, end):
@@ -126,8 +141,7 @@ class Runner:
 
     def _angles(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """Positions (T,), and radians a position: (D / 2,) when all rows turn alike, else (T, D / 2)."""
-        device = self.model.device
-        positions = torch.cat([torch.arange(start, end) for _, start, end in parts]).to(device)
+        positions = sent(torch.cat([torch.arange(start, end) for _, start, end in parts]), self.model.device)
         if not any(row.stretched for row, _, _ in parts):
             return positions, self.frequencies
         each = [self._frequencies(row).expand(end - start, -1) for row, start, end in parts]

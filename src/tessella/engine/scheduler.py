@@ -25,7 +25,7 @@ class Part(NamedTuple):
     @property
     def draws(self) -> bool:
         """Whether the row's next id is drawn after it."""
-        return self.end == len(self.row.tokens)
+        return self.end == self.row.length
 
 
 @dataclass
@@ -42,10 +42,15 @@ class Batch:
 
 
 class Coming:
-    """Keys of the blocks that running prompts compute next; who needs the same waits a step and finds them."""
+    """What the running rows have coming to them.
 
-    def __init__(self, running: Sequence[Row]):
+    keys: of the blocks that prompts compute next; who needs the same waits a step and finds them. room: blocks that nobody was
+    promised. A block that a running row takes was promised to it, so room stays.
+    """
+
+    def __init__(self, running: Sequence[Row], room: int):
         self.keys: set[bytes] = set()
+        self.room = room
         for row in running:
             self.add(row)
 
@@ -88,43 +93,50 @@ class Scheduler:
 
     def remove(self, row: Row) -> None:
         """The row has ended; its full blocks can still be found by others."""
-        if row in self.running:
+        if row.runs:
+            self._publish(row)
             self.running.remove(row)
             self._give_back(row)
         else:
             self.waiting.remove(row)
 
     def next_batch(self) -> Batch | None:
-        """What to run now; None when there is nothing at all."""
+        """What to run now; None when there is nothing, or nothing before the ids that are on their way have come."""
         while self.running or self.waiting:
             batch = self._plan()
             if batch.parts:
                 return batch
+            if any(row.pending for row in (*self.running, *self.waiting)):
+                return None  # what runs must end first
             assert self.running, "nothing runs, and the first of the waiting does not fit into an empty cache"
             self._preempt(self.running[-1])  # prompts block each other: the last one makes room
         return None
 
     def done(self, batch: Batch) -> None:
-        """The batch was run: its tokens are computed, its full blocks can be shared."""
+        """The batch was launched: for all that is launched after it its tokens are computed, its full blocks can be shared."""
         for row, _, end in batch.parts:
             self.counters.computed_tokens += end - row.computed
             row.computed = end
-            full = end // self._block_tokens
-            for block in range(row.published, full):
-                self._book.publish(row.blocks[block], row.key(block))
-            row.published = max(row.published, full)
+            self._publish(row)
         self.counters.tiles += len(batch.tiles)
+
+    def _publish(self, row: Row) -> None:
+        """Blocks whose tokens are computed and known can be found from now on."""
+        full = min(row.computed, len(row.tokens)) // self._block_tokens
+        for block in range(row.published, full):
+            self._book.publish(row.blocks[block], row.key(block))
+        row.published = max(row.published, full)
 
     def _plan(self) -> Batch:
         batch, budget = Batch(), self._max_tokens
-        for row in [row for row in self.running if row.missing == 1][:budget]:
-            if row in self.running and self._grow(row, row.computed + 1):  # it may have been put back for an earlier one
+        for row in [row for row in self.running if row.missing == 1 and not row.is_full][:budget]:
+            if row.runs and self._grow(row, row.computed + 1):  # it may have been put back for an earlier one
                 batch.parts.append(Part(row, row.computed, row.computed + 1))
         budget -= len(batch.parts)
         for row in [row for row in self.running if row.missing > 1]:
             budget -= self._add_prompt(batch, row, budget)
         if self.waiting:
-            coming = Coming(self.running)
+            coming = Coming(self.running, self._book.available - self._promised())
             while budget > 0 and (new := self._admit(coming)) is not None:
                 budget -= self._add_prompt(batch, new, budget)
         batch.parts.sort(key=lambda part: (part.end - part.start > 1, part.row.adapter_number))
@@ -171,14 +183,17 @@ class Scheduler:
         if len(self.running) >= self._max_running:
             return None
         for row in self.waiting:
+            if row.pending:
+                return None  # it was put back with an id on its way
             keys = row.prompt_keys()
             found = self._book.find(keys)
             if len(found) < len(keys) and keys[len(found)] in coming.keys:
                 continue  # another row is computing just that: the next step finds it
             idle = sum(self._book.is_idle(block) for block in found)
             need = -(-len(row.tokens) // self._block_tokens) - len(found)
-            if self.running and need > self._book.available - idle - self._promised():
+            if self.running and need > coming.room - idle:
                 return None  # nobody overtakes the one that waits for room
+            coming.room -= idle + row.length // self._block_tokens + 1 - len(found)
             self._join(row, found)
             coming.add(row)
             return row
@@ -186,10 +201,11 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Blocks that running rows still need for the tokens that they have, and one each to grow."""
-        return sum(max(0, len(row.tokens) // self._block_tokens + 1 - len(row.blocks)) for row in self.running)
+        return sum(max(0, row.length // self._block_tokens + 1 - len(row.blocks)) for row in self.running)
 
     def _join(self, row: Row, found: Sequence[int]) -> None:
         self.waiting.remove(row)
+        row.runs = True
         self._book.take(found)
         row.blocks = list(found)
         row.published = len(found)
@@ -212,4 +228,4 @@ class Scheduler:
 
     def _give_back(self, row: Row) -> None:
         self._book.release(row.blocks)
-        row.blocks, row.computed, row.published = [], 0, 0
+        row.blocks, row.computed, row.published, row.runs = [], 0, 0, False

@@ -28,7 +28,7 @@ CPU = {
     "batch_tiles": 2,
     "running": 16,
 }  # a step that others wait for takes a fraction of a second
-GPU = {"block_tokens": 64, "batch_tokens": 8192, "batch_tiles": 32, "running": 256}
+GPU = {"block_tokens": 64, "batch_tokens": 8192, "batch_tiles": 32, "running": 512}
 CPU_CONTEXTS = 4  # full contexts that the blocks hold on a CPU at most: main memory is everybody's
 
 
