@@ -18,10 +18,11 @@ from tessella.generate import all_logits
 from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.model.attend import Causal, one_row
 from tessella.tokenizer import Tokenizer
-from tessella.train.batch import Steps, order_of, pack, pack_all, plan_passes
+from tessella.train.batch import Steps, order_of, pack, pack_all
 from tessella.train.dataset import Sample
 from tessella.train.features import Kept, chosen
 from tessella.train.lora import prepare
+from tessella.train.packing import plan_passes
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
 from tiny import tiny_config, tiny_folder, tiny_model

@@ -78,6 +78,7 @@ INSPECT = """What the model will really see.
 examples:
   tessella inspect dish.jpg --output tiles.png       its tiles, drawn, with the tokens they cost
   tessella inspect sivqa_llava.json                  lengths, tiles, what is learned, what is wrong
+  tessella inspect photos/ --recipe foods.toml --forecast    packing, time and memory of that run
   tessella inspect ./InternVL2-2B                    parts, parameters, memory
   tessella inspect InternVL2-26B                     of a published model, before anything is fetched"""
 

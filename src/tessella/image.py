@@ -232,17 +232,20 @@ def normalise(tiles: Tensor, dtype: torch.dtype, statistics: str = "imagenet") -
 # ---- opening
 
 
-def open_image(source: Source, *, limit_megapixels: float = LIMIT_MEGAPIXELS) -> Image.Image:
+def open_image(source: Source, *, limit_megapixels: float = LIMIT_MEGAPIXELS, least_px: int | None = None) -> Image.Image:
     """Path, bytes, "data:" URI or PIL picture -> an upright, whole RGB picture; of an animation the first frame.
 
     The size in the header is checked before a pixel is decoded. Opaque pictures equal Pillow's convert("RGB"), as in the
     official code; where there is real transparency the picture is laid on white (convert would show hidden colours).
+    least_px: for a quick look, a JPEG may come smaller, by eighths, but not below so many pixels a side.
     Raises ImageError: missing, not a picture, damaged or cut off, under 2 px or over limit_megapixels.
     """
     name = name_of(source)
     with _opened(source, name) as image:
         _check_size(image, name, limit_megapixels)
         turn = _TURNS.get(_orientation(image))
+        if least_px is not None and not isinstance(source, Image.Image):
+            image.draft(None, (least_px, least_px))
         try:
             image.load()
             rgb = _to_rgb(image, name)

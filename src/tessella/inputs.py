@@ -7,10 +7,10 @@ grid, a picture has the slots of its whole view and of its window. Nothing is ev
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from tessella.image import (
 )
 from tessella.tokenizer import Tokenizer
 from tessella.wordpiece import QuestionTokenizer
+
+REMEMBERED = 1 << 16  # texts whose token counts are at hand
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class ModelInput:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+
+class Lengths(NamedTuple):
+    """What a sample costs, known from its text and the headers of its pictures."""
+
+    tokens: int
+    learned: int  # of them
+    tiles: int
 
 
 class Inputs:
@@ -108,6 +118,7 @@ class Inputs:
         self._slot = tokenizer.id_of(self.template.slot)
         end = tokenizer.id_of(self.template.end)
         others = [tokenizer.id_of(token) for token in self.template.stop if tokenizer.has(token)]
+        self._counts: dict[str, int] = {}  # of texts
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([end, *others]))
 
     @classmethod
@@ -174,9 +185,46 @@ class Inputs:
         max_tiles: Sequence[int | None] | None = None,
     ) -> int:
         """Tokens that build would make of pictures of these (width, height), without decoding or even having them."""
+        return self.lengths(messages, sizes, open_turn=open_turn, max_tiles=max_tiles).tokens
+
+    def lengths(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[tuple[int, int]] = (),
+        *,
+        open_turn: bool = True,
+        max_tiles: Sequence[int | None] | None = None,
+    ) -> Lengths:
+        """The same, with how many of the tokens are learned, and the tiles; texts that were counted before are remembered."""
         limits = [None] * len(sizes) if max_tiles is None else max_tiles
-        pieces = self._pieces(messages, len(sizes), open_turn)
-        return len(self._ids(pieces, self._slots_of_each([Size(*size) for size in sizes], limits))[0])
+        counts = self._slots_of_each([Size(*size) for size in sizes], limits)
+        slots = iter(counts)
+        tokens = 1 if self.template.add_bos and self.tokenizer.bos_id is not None else 0
+        learned = 0
+        for piece in self._stretches(self._pieces(messages, len(sizes), open_turn)):
+            if piece.kind == "text" and piece.learn and self.tokenizer.routes:
+                ids, learn, _ = spoken(self.tokenizer, piece.text)
+                tokens, learned = tokens + len(ids), learned + sum(learn)
+                continue
+            if piece.kind == "text":
+                count = self._count(piece.text)
+            else:
+                count = 1 if piece.kind == "control" else len(self._image_start) + next(slots) + len(self._image_end)
+            tokens += count
+            learned += count if piece.learn else 0
+        return Lengths(tokens, learned, sum(self.tiles_of(*size, most) for size, most in zip(sizes, limits, strict=True)))
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text. A set's questions are often the same few, and its system text is."""
+        if text not in self._counts:
+            if len(self._counts) >= REMEMBERED:
+                self._counts.clear()
+            self._counts[text] = len(self.tokenizer.encode(text))
+        return self._counts[text]
+
+    def tiles_of(self, width_px: int, height_px: int, max_tiles: int | None = None) -> int:
+        """Tiles of a picture of this size, the whole picture counted where it is one of them."""
+        return count_tiles(width_px, height_px, self.rule(max_tiles))
 
     def slots_of(self, width_px: int, height_px: int, max_tiles: int | None = None) -> int:
         """Visual tokens of a picture of this size."""
@@ -226,6 +274,19 @@ class Inputs:
         caps = [min(cap, self.max_tiles if limit is None else limit) for limit in limits]
         return [self.slots_of(*size, most) for size, most in zip(sizes, caps, strict=True)]
 
+    def _stretches(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        """Pieces as they are tokenised: neighbouring texts joined, without the white space that a token before them drops."""
+        stripping = False
+        for piece in _joined(pieces):
+            if piece.kind == "text":
+                text = piece.text.lstrip() if stripping else piece.text
+                stripping = stripping and not text
+                yield Piece(text, "text", piece.learn)
+                continue
+            ends = piece.text if piece.kind == "control" else self.template.image_end or self.template.slot
+            stripping = self.tokenizer.strips_after(ends)
+            yield piece
+
     def _ids(self, pieces: Sequence[Piece], slot_counts: Sequence[int]) -> tuple[list[int], list[bool], list[int]]:
         """Ids, learn flags and super-link queries (-1: none) of the whole prompt."""
         bos = self.tokenizer.bos_id
@@ -234,21 +295,16 @@ class Inputs:
         ids = [] if late else begin
         learn, queries = [False] * len(ids), [-1] * len(ids)
         counts = iter(slot_counts)
-        stripping = False  # behind a token that drops the white space after it
-        for piece in _joined(pieces):
+        for piece in self._stretches(pieces):
             if piece.kind == "text":
-                text = piece.text.lstrip() if stripping else piece.text
-                stripping = stripping and not text
                 if piece.learn and self.tokenizer.routes:  # what the model says itself: only there is [DET] a token
-                    new, own_learn, own_queries = spoken(self.tokenizer, text)
+                    new, own_learn, own_queries = spoken(self.tokenizer, piece.text)
                     ids, learn, queries = ids + new, learn + own_learn, queries + own_queries
                     continue
-                new = self.tokenizer.encode(text)
+                new = self.tokenizer.encode(piece.text)
             elif piece.kind == "control":
-                stripping = self.tokenizer.strips_after(piece.text)
                 new = [self.tokenizer.id_of(piece.text)]
             else:
-                stripping = self.tokenizer.strips_after(self.template.image_end or self.template.slot)
                 new = [*self._image_start, *[self._slot] * next(counts), *self._image_end, *(begin if late else [])]
                 late = False
             ids += new
@@ -262,7 +318,7 @@ class Inputs:
 
     def _too_long(self, tokens: int, sizes: Sequence[Size], limits: Sequence[int | None], room: int) -> str:
         """What is too long, by how much, and a --max-tiles that would do, if any does."""
-        tiles, slots = self._count(sizes, limits), sum(self._slots_of_each(sizes, limits))
+        tiles, slots = self._tiles(sizes, limits), sum(self._slots_of_each(sizes, limits))
         what = f"{tokens:,} tokens" + (f" with {tiles} tile{'' if tiles == 1 else 's'}" if tiles else "")
         if room:
             what += f" and {room:,} more for the answer"
@@ -277,7 +333,7 @@ class Inputs:
             return f"{what}ask for an answer of at most {self.context_tokens - tokens:,} (--max-tokens)"
         return what + ("fewer pictures or turns, or a shorter text" if tiles else "fewer turns, or a shorter text")
 
-    def _count(self, sizes: Sequence[Size], limits: Sequence[int | None]) -> int:
+    def _tiles(self, sizes: Sequence[Size], limits: Sequence[int | None]) -> int:
         """Tiles of all pictures."""
         return sum(count_tiles(*size, self.rule(limit)) for size, limit in zip(sizes, limits, strict=True))
 

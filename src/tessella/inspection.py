@@ -4,7 +4,7 @@ In: a path and the model through whose eyes it is seen.  Out: tables on the scre
 """
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,36 @@ from tessella.image import LIMIT_MEGAPIXELS, Tiles, cut_tiles, open_image
 from tessella.inputs import Inputs, Picture
 from tessella.model.device import choose_device, choose_dtype
 from tessella.train.classes import SUFFIXES
+from tessella.train.dataset import read_recipe_data
+from tessella.train.forecast import epoch_of, forecast, measured
+from tessella.train.packing import Packing
+from tessella.train.preflight import look as preflight
 from tessella.train.reading import ARCHIVES
-from tessella.train.survey import render_survey, runs_of, survey
+from tessella.train.recipe import Recipe, load_recipe
+from tessella.train.survey import render_survey, runs_of, survey_of
 from tessella.train.tables import is_hub
 
 QUESTION = "What is in this picture?"
 GAP_PX = 8
 ROWS = (".json", ".jsonl")
+BUILT_IN = "tessella-nano"
 
 
 @dataclass(frozen=True)
 class Look:
     """How pictures and datasets are looked at."""
 
-    model: str = "tessella-nano"  # through whose eyes
+    model: str | None = None  # through whose eyes; None: the recipe's, or the built-in one
     output: Path | None = None  # where a picture's tiles are drawn
     max_tiles: int | None = None
     image_root: Path | None = None  # of a dataset
     choices: str = "hidden"  # of FoodieQA
     limit_megapixels: float = LIMIT_MEGAPIXELS
+    recipe: Path | None = None  # that the dataset is to be taught with
+    columns: tuple[str, ...] = ()  # of a dataset
+    boxes: str = "thousandths"  # of a dataset
+    places: int = 3  # of each kind of fault that are named
+    forecast: bool = False  # measure how long the recipe takes, and how much memory
 
 
 def inspect(thing: str, look: Look, device: str, dtype: str) -> dict[str, Any]:
@@ -56,6 +67,8 @@ def inspect(thing: str, look: Look, device: str, dtype: str) -> dict[str, Any]:
     path = learned_in(Path(thing).expanduser())
     if not path.exists() and path.suffix.lower() in (*ROWS, *ARCHIVES, *SUFFIXES):
         raise DataError(f"{path}: no such file; check the path")
+    if look.recipe is not None and thing == BUILT_IN:
+        return inspect_dataset(None, look, Console())
     is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     console = Console()
     if is_model or not path.exists():
@@ -82,7 +95,7 @@ def inspect_image(path: Path, look: Look, console: Console) -> dict[str, Any]:
     output = look.output or Path(f"{path.stem}-tiles.png")
     if output.suffix.lower() != ".png":
         raise DataError(f"--output {output}: the tiles are drawn as a PNG; give a name that ends in .png")
-    inputs, config = eyes(look.model, look.max_tiles)
+    inputs, config = eyes(look.model or BUILT_IN, look.max_tiles)
     inputs.limit_megapixels = look.limit_megapixels
     tiles = cut_tiles(open_image(path, limit_megapixels=look.limit_megapixels), inputs.rule())
     prompt = inputs.build([Message("user", place_marks(QUESTION, 1))], [Picture(path)])
@@ -146,13 +159,45 @@ def draw_tiles(tiles: Tiles) -> Image.Image:
 # ---- a dataset
 
 
-def inspect_dataset(path: Path, look: Look, console: Console) -> dict[str, Any]:
-    """Read it whole, print the table and what is wrong with it."""
-    inputs, _ = eyes(look.model, look.max_tiles)
-    inputs.limit_megapixels = look.limit_megapixels
-    found = survey(path, inputs, image_root=look.image_root, choices=look.choices)
-    console.print(render_survey(found), markup=False, highlight=False, soft_wrap=True)
-    return {"kind": "dataset", **found.as_dict()}
+def inspect_dataset(path: Path | None, look: Look, console: Console) -> dict[str, Any]:
+    """Read it whole (None: the data of the recipe), print the table and what is wrong with it, and what a run will take."""
+    recipe = recipe_of(path, look)
+    inputs, _ = eyes(recipe.model, recipe.max_tiles)
+    inputs = Inputs(
+        inputs.config, inputs.tokenizer, max_tiles=recipe.max_tiles, context_tokens=recipe.context_tokens, system=recipe.system,
+        limit_megapixels=recipe.limit_megapixels,
+    )  # fmt: skip
+    data = read_recipe_data(replace(recipe, max_bad_share=1.0), inputs, decode=None)
+    found = preflight(data, recipe.preflight_s, recipe.limit_megapixels)
+    plan = epoch_of(recipe, data, inputs)
+    packing = None if look.recipe is None else Packing.of(plan, recipe.packing)
+    seen = survey_of(", ".join(map(str, recipe.data)), data, inputs, found, packing)
+    console.print(render_survey(seen, look.places), markup=False, highlight=False, soft_wrap=True)
+    if not look.forecast:
+        return {"kind": "dataset", **seen.as_dict()}
+    will = forecast(recipe, data, plan, inputs, measured(recipe))
+    console.print(will.told(), markup=False, highlight=False, soft_wrap=True)
+    return {"kind": "dataset", **seen.as_dict(), "forecast": will.as_dict()}
+
+
+def recipe_of(path: Path | None, look: Look) -> Recipe:
+    """The recipe with what the flags say instead. Without one all of the data is looked at, and nothing held out."""
+    if look.places < 0:
+        raise DataError(f"places is {look.places}, must be 0 (all of them) or more")
+    flags: dict[str, Any] = {} if path is None else {"data": (path,)}
+    if look.recipe is None:
+        flags |= {"held_out": 0.0, "model": look.model or BUILT_IN}
+    elif look.model is not None:
+        flags["model"] = look.model
+    given = {"max_tiles": look.max_tiles, "image_root": look.image_root, "columns": look.columns or None}
+    flags |= {name: value for name, value in given.items() if value is not None}
+    changed: dict[str, tuple[Any, Any]] = {"choices": (look.choices, "hidden"), "boxes": (look.boxes, "thousandths")}
+    changed |= {"limit_megapixels": (look.limit_megapixels, LIMIT_MEGAPIXELS)}
+    flags |= {name: value for name, (value, usual) in changed.items() if value != usual}
+    recipe = load_recipe(look.recipe, flags)
+    if recipe.stream:
+        raise DataError("a streamed set is not read whole; look at one of its files without stream in the recipe")
+    return recipe
 
 
 # ---- a model

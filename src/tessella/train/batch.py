@@ -21,6 +21,7 @@ from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.train.augment import augment, may_mirror
 from tessella.train.dataset import Sample
 from tessella.train.multitask.rows import Placed, build_request, build_taught, placed
+from tessella.train.packing import Plan, grouped, plan_epoch, plan_passes, rope_limit
 from tessella.train.streamed import Streamed
 
 KEPT_BYTES = 1 << 30  # of built rows, kept for later epochs when pictures are not augmented
@@ -102,19 +103,6 @@ class StepData:
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])
 
 
-def plan_passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
-    """Indices of the rows of each pass, in order: as many as fit; a row longer than a pass runs alone."""
-    passes: list[list[int]] = []
-    room = 0
-    for index, length in enumerate(lengths):
-        if not passes or length > room:
-            passes.append([])
-            room = tokens_per_pass
-        passes[-1].append(index)
-        room -= length
-    return passes
-
-
 def pack(rows: Sequence[ModelInput]) -> Pack:
     """Lay rows back to back. The last token of a row predicts nothing, so no row learns from its neighbour."""
     ids = torch.cat([row.ids for row in rows])
@@ -149,9 +137,12 @@ def key_of(row: ModelInput) -> str:
     return digest.hexdigest()
 
 
-def pack_all(rows: Sequence[ModelInput], tokens_per_pass: int) -> list[Pack]:
-    """All rows in as few passes as their order allows."""
-    return [pack([rows[i] for i in some]) for some in plan_passes([len(row) for row in rows], tokens_per_pass)]
+def pack_all(
+    rows: Sequence[ModelInput], tokens_per_pass: int, *, packing: str = "in_order", alone_over: int | None = None
+) -> list[Pack]:
+    """All rows in the passes that packing.plan_passes says."""
+    plan = plan_passes([len(row) for row in rows], tokens_per_pass, packing=packing, alone_over=alone_over)
+    return [pack([rows[i] for i in some]) for some in plan]
 
 
 def order_of(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -166,12 +157,13 @@ class Steps(Dataset[StepData]):
 
     def __init__(
         self, samples: Sequence[Sample], inputs: Inputs, *, looks: int, samples_per_step: int, tokens_per_pass: int, seed: int,
-        augmentation: str = "none",
+        augmentation: str = "none", packing: str = "in_order",
     ):  # fmt: skip
         """looks: samples seen in the whole run, all epochs together."""
         self.samples, self.inputs, self.looks = samples, inputs, looks
         self.samples_per_step, self.tokens_per_pass = samples_per_step, tokens_per_pass
         self.seed, self.augmentation = seed, augmentation
+        self.packing, self.alone_over = packing, rope_limit(inputs.config.language)
         self.kept: dict[int, ModelInput] = {}
         self.kept_bytes = 0
         self._order: tuple[int, Sequence[int]] = (-1, [])
@@ -193,11 +185,18 @@ class Steps(Dataset[StepData]):
             index = self._in_order(epoch)[turn]
             place = self.samples.place(index) if isinstance(self.samples, Streamed) else self.samples[index].place
             try:
-                rows.append(self._row(index, epoch))
+                rows.append(self.row(index, epoch))
                 places.append(place)
             except (ImageError, PromptError, DataError) as error:  # not swallowed: it goes into the ledger, which stops the run
                 skipped.append((place, f"while training: {error}"))
-        return StepData(pack_all(rows, self.tokens_per_pass), tuple(places), tuple(skipped))
+        packs = pack_all(rows, self.tokens_per_pass, packing=self.packing, alone_over=self.alone_over)
+        return StepData(packs, tuple(places), tuple(skipped))
+
+    def plan(self, epoch: int) -> Plan:
+        """The passes of an epoch, from the lengths that headers tell; the rows are not made. Not of a streamed set."""
+        lengths = [sample.tokens for sample in self.samples]
+        order = self._in_order(epoch)
+        return plan_epoch(lengths, order, self.samples_per_step, self.tokens_per_pass, self.packing, self.alone_over)
 
     def _in_order(self, epoch: int) -> Sequence[int]:
         if self._order[0] != epoch:
@@ -207,9 +206,13 @@ class Steps(Dataset[StepData]):
     def _order_of(self, epoch: int) -> Sequence[int]:
         if isinstance(self.samples, Streamed):
             return self.samples.order(self.seed, epoch)
-        return order_of(len(self.samples), self.seed, epoch)
+        order = order_of(len(self.samples), self.seed, epoch)
+        if self.packing != "grouped":
+            return order
+        return grouped(order, [sample.tokens for sample in self.samples], self.samples_per_step, self.seed * 7_919 + epoch)
 
-    def _row(self, index: int, epoch: int) -> ModelInput:
+    def row(self, index: int, epoch: int = 0) -> ModelInput:
+        """One sample as the model eats it, as it looks in this epoch. Raises ImageError, PromptError, DataError."""
         if index in self.kept:
             return self.kept[index]
         sample = self.samples[index]

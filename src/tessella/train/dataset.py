@@ -13,7 +13,7 @@ from tessella.chat import Message
 from tessella.errors import DataError, PromptError
 from tessella.geometry import Size
 from tessella.image import LIMIT_MEGAPIXELS
-from tessella.inputs import Inputs, Picture
+from tessella.inputs import Inputs, Lengths, Picture
 from tessella.train.classes import Asking
 from tessella.train.grounding import check_boxes, from_pixels
 from tessella.train.pictures import examine_pictures
@@ -128,15 +128,18 @@ def read_dataset(
     return picked, ledger
 
 
-def read_recipe_data(recipe: Recipe, inputs: Inputs | None = None) -> RecipeData:
-    """All datasets of a recipe. Raises DataError as read_dataset does, and when the recipe names no data."""
+def read_recipe_data(recipe: Recipe, inputs: Inputs | None = None, *, decode: bool | None = False) -> RecipeData:
+    """All datasets of a recipe. decode: every picture, None where there are few of them.
+
+    Raises DataError as read_dataset does, and when the recipe names no data.
+    """
     if not recipe.data:
         raise DataError("the recipe names no data; give --data PATH: JSON, JSONL, or a folder whose folders are classes")
     parts: list[list[Sample]] = []
     held_out: list[Sample] = []
     ledger = Ledger()
     for path in recipe.data:
-        good, here = _read_for(recipe, path, 0.0 if recipe.held_out_data else recipe.held_out, inputs)
+        good, here = _read_for(recipe, path, 0.0 if recipe.held_out_data else recipe.held_out, inputs, decode)
         parts.append(good["train"])
         if not recipe.held_out_data:
             held_out += good["held_out"]
@@ -147,7 +150,7 @@ def read_recipe_data(recipe: Recipe, inputs: Inputs | None = None) -> RecipeData
             here.used -= len(good["held_out"])
         ledger.add(here)
     for path in recipe.held_out_data:
-        good, here = _read_for(recipe, path, 0.0, inputs)
+        good, here = _read_for(recipe, path, 0.0, inputs, decode)
         held_out += good["held_out"] or good["train"]
         here.used = len(good["held_out"] or good["train"])
         ledger.add(here)
@@ -166,12 +169,14 @@ def _mixed(recipe: Recipe, parts: Sequence[Sequence[Sample]]) -> list[Sample]:
     return [sample for part, often in zip(parts, times, strict=True) for sample in repeat(part, often, recipe.seed)]
 
 
-def _read_for(recipe: Recipe, path: Path, held_out: float, inputs: Inputs | None) -> tuple[dict[str, list[Sample]], Ledger]:
+def _read_for(
+    recipe: Recipe, path: Path, held_out: float, inputs: Inputs | None, decode: bool | None
+) -> tuple[dict[str, list[Sample]], Ledger]:
     """Both splits of one dataset of a recipe."""
     found = find(path, Reading.of(recipe))
     held = held_out_groups(found.drafts, held_out, recipe.seed)
     good: dict[str, list[Sample]] = {"train": [], "held_out": []}
-    for draft, sample in _examine(found, inputs, False, recipe.limit_megapixels, recipe.boxes):
+    for draft, sample in _examine(found, inputs, decode, recipe.limit_megapixels, recipe.boxes):
         good["held_out" if is_held_out(draft, held) else "train"].append(sample)
     ledger = Ledger(len(good["train"]) + len(good["held_out"]), found.skipped, found.notes)
     ledger.check(str(path), recipe.max_bad_share)
@@ -182,7 +187,7 @@ def _read_for(recipe: Recipe, path: Path, held_out: float, inputs: Inputs | None
 
 
 def _examine(
-    found: Found, inputs: Inputs | None, decode: bool, limit_megapixels: float, boxes: str
+    found: Found, inputs: Inputs | None, decode: bool | None, limit_megapixels: float, boxes: str
 ) -> list[tuple[Draft, Sample]]:
     """Drafts whose pictures are sound and whose length fits, with their samples; the others go into found.skipped."""
     sources = [source for draft in found.drafts for source in draft.sources]
@@ -204,20 +209,23 @@ def sample_of(draft: Draft, looked_at: Sequence[Size | str], inputs: Inputs | No
     sizes = tuple(size for size in looked_at if not isinstance(size, str))
     messages = from_pixels(draft.messages, sizes) if boxes == "pixels" else draft.messages
     check_boxes(messages)
-    tokens = 0 if inputs is None else _measure(messages, sizes, draft.max_tiles, inputs)
+    measured = Lengths(0, 0, 0) if inputs is None else _measure(messages, sizes, draft.max_tiles, inputs)
     pictures = tuple(Picture(source, draft.max_tiles) for source in draft.sources)
-    return Sample(draft.place, messages, pictures, draft.key, sizes, draft.label, tokens, draft.repeat, draft.jpeg)
+    return Sample(draft.place, messages, pictures, draft.key, sizes, draft.label, *measured, draft.repeat, draft.jpeg)
 
 
-def _measure(messages: Sequence[Message], sizes: Sequence[Size], max_tiles: int | None, inputs: Inputs) -> int:
-    """Tokens of a sample. Raises DataError when it is too long: nothing is ever cut to fit."""
+def _measure(messages: Sequence[Message], sizes: Sequence[Size], max_tiles: int | None, inputs: Inputs) -> Lengths:
+    """What a sample costs. Raises DataError when it is too long, for nothing is ever cut, or when an answer has no token."""
     try:
-        tokens = inputs.measure(messages, sizes, open_turn=False, max_tiles=[max_tiles] * len(sizes))
+        measured = inputs.lengths(messages, sizes, open_turn=False, max_tiles=[max_tiles] * len(sizes))
     except PromptError as error:
         raise DataError(f"prompt: {error}") from error
-    if tokens > inputs.context_tokens:
-        raise DataError(f"over-long: {tokens:,} tokens; at most {inputs.context_tokens:,}: lower max_tiles, or shorten the text")
-    return tokens
+    if measured.tokens > inputs.context_tokens:
+        most = f"at most {inputs.context_tokens:,}: lower max_tiles, or shorten the text"
+        raise DataError(f"over-long: {measured.tokens:,} tokens; {most}")
+    if measured.learned <= sum(message.role == "assistant" for message in messages):  # their ends alone
+        raise DataError("nothing to learn: the answers hold no token")
+    return measured
 
 
 def _leaks(train: Sequence[Sample], held_out: Sequence[Sample]) -> list[str]:

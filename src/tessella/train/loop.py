@@ -24,11 +24,12 @@ from tessella.inputs import Inputs
 from tessella.train.batch import StepData, Steps
 from tessella.train.begin import load_to_teach
 from tessella.train.dataset import Ledger, Sample
-from tessella.train.limits import Stop, memory_told
+from tessella.train.limits import Stop, estimate_bytes, memory_told
 from tessella.train.log import Event, Log
 from tessella.train.lora import Taught, prepare
 from tessella.train.multitask.teach import attach
 from tessella.train.optimiser import Optimiser
+from tessella.train.packing import Packing
 from tessella.train.passes import HeldOut, Passes
 from tessella.train.recipe import Recipe
 from tessella.train.result import save_result
@@ -124,6 +125,7 @@ class Run:
         self.steps = Steps(
             samples, loaded.inputs, looks=max(1, round(recipe.epochs * len(samples))), samples_per_step=recipe.samples_per_step,
             tokens_per_pass=recipe.tokens_per_pass, seed=recipe.seed, augmentation=recipe.augment,
+            packing=recipe.packing,
         )  # fmt: skip
         self.total_steps = min(len(self.steps), recipe.max_steps or len(self.steps))
         self.optimiser = Optimiser(taught, recipe, self.total_steps)
@@ -336,6 +338,10 @@ class Run:
         )
         if self.ledger.skipped or self.ledger.notes:
             self.log.say(self.ledger.report())
+        if not isinstance(self.steps.samples, Streamed) and self.steps.samples[0].tokens:
+            need = estimate_bytes(self.loaded.model, self.taught, r.tokens_per_pass) / 2**30
+            planned = Packing.of(self.steps.plan(0), r.packing).told()
+            self.log.say(f"{planned}; at most about {need:.1f} GiB (inspect --recipe R --forecast measures time and memory)")
 
     def _tell_end(self, reason: str | None, learned: Path) -> None:
         if reason is None:

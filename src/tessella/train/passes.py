@@ -24,6 +24,7 @@ from tessella.train.limits import Stop
 from tessella.train.lora import lowest_taught
 from tessella.train.multitask.rows import build_taught
 from tessella.train.multitask.teach import Decoders, View
+from tessella.train.packing import rope_limit
 from tessella.train.recipe import Recipe
 
 MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
@@ -148,7 +149,8 @@ class HeldOut:
     def loss(self, stop: Stop) -> float | None:
         """Mean loss over all learned tokens; None when there are no samples, or we must stop."""
         if self.packs is None:
-            self.packs = pack_all(self._rows(), self.tokens_per_pass)
+            alone_over = rope_limit(self.loaded.config.language)
+            self.packs = pack_all(self._rows(), self.tokens_per_pass, packing="best_fit", alone_over=alone_over)
         total, learned = torch.zeros((), device=self.passes.model.device), 0
         for pack in self.packs:
             if stop.reason is not None:

@@ -19,16 +19,20 @@ from tessella.image import LIMIT_MEGAPIXELS, Held, name_of, open_image, read_siz
 Found = str | Path | Held
 THREADS = 16  # mostly waiting for the disk
 TAIL_BYTES = 4096
+FEW = 1000  # pictures that are decoded in seconds
 
 
 def examine_pictures(
-    sources: Iterable[Found], *, decode: bool = False, limit_megapixels: float = LIMIT_MEGAPIXELS
+    sources: Iterable[Found], *, decode: bool | None = False, limit_megapixels: float = LIMIT_MEGAPIXELS
 ) -> dict[Found, Size | str]:
     """Each source, looked at once -> its upright size, or a reason "kind: detail".
 
-    Without decode only headers and file ends are read; what looks cut off is decoded to be sure. With decode every pixel is.
+    Without decode only headers and file ends are read; what looks cut off is decoded to be sure. With decode every pixel is;
+    None: where there are few pictures.
     """
     distinct = list(dict.fromkeys(sources))
+    if decode is None:
+        decode = len(distinct) <= FEW
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda source: _examine(source, decode, limit_megapixels), distinct, chunksize=8)
         return dict(zip(distinct, found, strict=True))

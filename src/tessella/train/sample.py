@@ -20,6 +20,8 @@ class Sample:
     sizes: tuple[Size, ...] = ()  # of the pictures, from their headers
     label: str = ""  # class or dish, where the format has one
     tokens: int = 0  # prompt, pictures and answers; 0 when not measured
+    learned: int = 0  # of them, by the loss
+    tiles: int = 0
     repeat: float = 1.0  # how often it is seen in an epoch, where the data itself says so
     jpeg: bool = False  # its pictures are compressed anew at each look
     truths: tuple[Truth, ...] = ()  # behind each routing token of the answers, in order

@@ -9,6 +9,7 @@ from tessella.inputs import Inputs
 from tessella.train.augment import may_mirror
 from tessella.train.dataset import Ledger, RecipeData, read_recipe_data
 from tessella.train.multitask.samples import with_scenes
+from tessella.train.preflight import look
 from tessella.train.recipe import Recipe
 from tessella.train.streamed import Streamed
 
@@ -20,6 +21,8 @@ def supply(recipe: Recipe, inputs: Inputs) -> RecipeData:
     if not recipe.stream:
         data = read_recipe_data(recipe, inputs)
         data.ledger.notes += _not_mirrored(recipe, data)
+        if recipe.preflight_s:
+            data.ledger.notes += look(data, recipe.preflight_s, recipe.limit_megapixels).notes()
         return data
     streamed = Streamed(recipe, inputs)
     ledger = Ledger(len(streamed), notes=[f"{len(streamed):,} rows are streamed: each is looked at when its step comes"])

@@ -11,12 +11,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tessella.chat import IMAGE_MARK, render
+from tessella.chat import IMAGE_MARK
 from tessella.image import count_tiles
 from tessella.inputs import Inputs, ModelInput
-from tessella.train.dataset import Ledger, Sample, read_dataset
+from tessella.train.dataset import Ledger, RecipeData, Sample, read_dataset
+from tessella.train.packing import Packing
+from tessella.train.preflight import Fault, Preflight, look
 
 LEARNED = ("«", "»")  # around what the loss counts
+LONGEST = 5  # samples that are named
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Survey:
     example_place: str
     example: tuple[Run, ...]
     findings: tuple[str, ...]  # what is wrong, the gravest first
+    faults: tuple[Fault, ...] = ()  # the same and more, each with its place
+    longest: tuple[tuple[str, int], ...] = ()  # place and tokens
+    packing: Packing | None = None  # of an epoch, where a recipe says how it is packed
+    compared: int = 0  # of the pictures, by what they show
+    pictures: int = 0  # distinct ones
 
     def as_dict(self) -> dict[str, Any]:
         """Stable keys, for --json."""
@@ -86,9 +94,16 @@ def survey(
         decode=True,
         limit_megapixels=inputs.limit_megapixels,
     )
+    data = RecipeData(samples, [], ledger)
+    return survey_of(str(path), data, inputs, look(data, 0.0, inputs.limit_megapixels))
+
+
+def survey_of(name: str, data: RecipeData, inputs: Inputs, found: Preflight, packing: Packing | None = None) -> Survey:
+    """What was read, seen as one: samples that are learned from and those held out."""
+    samples, ledger = [*(sample for sample in data.train if "#" not in sample.key), *data.held_out], data.ledger
     first = min(samples, key=lambda sample: (not sample.pictures, abs(len(sample.messages) - 2)))
     return Survey(
-        path=str(path),
+        path=name,
         samples=len(samples),
         skipped=len(ledger.skipped),
         share_bad=ledger.share_bad,
@@ -98,11 +113,16 @@ def survey(
         example_place=first.place,
         example=runs_of(inputs.build(first.messages, first.pictures, open_turn=False), inputs),
         findings=(*_ledger_findings(ledger), *_findings(samples, inputs)),
+        faults=found.faults,
+        longest=tuple((s.place, s.tokens) for s in sorted(samples, key=lambda s: -s.tokens)[:LONGEST]),
+        packing=packing,
+        compared=found.compared,
+        pictures=found.pictures,
     )
 
 
-def render_survey(found: Survey) -> str:
-    """Plain text for a terminal or a log."""
+def render_survey(found: Survey, places: int = 3) -> str:
+    """Plain text for a terminal or a log. places: how many of each kind of fault are named, 0 for all."""
     lines = [f"{found.path}: {found.samples:,} samples, {found.skipped:,} skipped ({found.share_bad:.1%})", ""]
     lines.append(f"{'':<22}{'min':>9}{'median':>9}{'p95':>9}{'max':>9}{'all':>13}")
     for one in found.spreads:
@@ -115,7 +135,13 @@ def render_survey(found: Survey) -> str:
     lines += ["".join(LEARNED[0] + run.text + LEARNED[1] if run.learned else run.text for run in found.example)]
     learned = sum(run.tokens for run in found.example if run.learned)
     lines += [f"({sum(run.tokens for run in found.example):,} tokens, {learned:,} learned)", ""]
+    lines += [f"longest: {', '.join(f'{place} with {tokens:,} tokens' for place, tokens in found.longest)}"]
+    lines += [] if found.packing is None else [found.packing.told()]
     lines += [f"! {finding}" for finding in found.findings] or ["Nothing wrong was found."]
+    told = Preflight(found.faults, found.compared, found.pictures).told(places)
+    lines += ["", "Each fault by its place:", *told] if told else []
+    if 0 < found.compared < found.pictures:
+        lines += [f"{found.compared:,} of {found.pictures:,} pictures were compared in the time of preflight_s"]
     return "\n".join(lines)
 
 
@@ -137,7 +163,7 @@ def _spreads(samples: Sequence[Sample], inputs: Inputs) -> tuple[Spread, ...]:
     sizes = [size for sample in samples for size in sample.sizes]
     columns = {
         "tokens": [sample.tokens for sample in samples],
-        "learned tokens": [_learned(sample, inputs) for sample in samples],
+        "learned tokens": [sample.learned for sample in samples],
         "turns": [len(sample.messages) for sample in samples],
         "pictures": [len(sample.pictures) for sample in samples],
         "tiles of a picture": [count_tiles(*size, inputs.rule()) for size in sizes],
@@ -145,12 +171,6 @@ def _spreads(samples: Sequence[Sample], inputs: Inputs) -> tuple[Spread, ...]:
         "height px": [size.height_px for size in sizes],
     }
     return tuple(Spread.of(name, values) for name, values in columns.items() if values)
-
-
-def _learned(sample: Sample, inputs: Inputs) -> int:
-    """Tokens that the loss counts: the answers, and the token that ends each."""
-    pieces = render(sample.messages, inputs.template, open_turn=False)
-    return sum(len(inputs.tokenizer.encode(piece.text)) if piece.kind == "text" else 1 for piece in pieces if piece.learn)
 
 
 # ---- what is wrong
