@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tessella.checkpoint.fingerprint import write_fingerprint
 from tessella.checkpoint.folder import new_folder
 from tessella.checkpoint.lowrank import Adapter, Pair
 from tessella.checkpoint.routing import routing_in
@@ -160,9 +161,10 @@ class AdapterSettings:
     rslora: bool = False  # scale = alpha / sqrt(rank)
     dora: bool = False
     quantised: tuple[str, ...] = ()  # parts of the base that were in four bits while it was taught
+    fingerprint: str = ""  # of the base's weights, where they are known
 
 
-def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
+def settings_of(adapter: Adapter, base: str, fingerprint: str = "") -> AdapterSettings:
     """The settings that describe an adapter: the rank and scale most of its pairs have, and the modules that differ."""
     alphas = {module: (pair.rank, pair.scale * pair.rank) for module, pair in adapter.pairs.items()}
     rank, alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else (1, 1.0)
@@ -175,6 +177,7 @@ def settings_of(adapter: Adapter, base: str) -> AdapterSettings:
         alpha_pattern={module: own for module, (_, own) in alphas.items() if own != alpha},
         dora=adapter.has_dora,
         quantised=adapter.quantised,
+        fingerprint=fingerprint,
     )
 
 
@@ -214,7 +217,7 @@ def save_adapter(
 
 
 def write_adapter_files(folder: Path, state: Mapping[str, Tensor], settings: AdapterSettings) -> None:
-    """Write the two files of an adapter into an existing folder.
+    """Write the files of an adapter into an existing folder: PEFT's two, and the fingerprint of its base.
 
     state: <module>.lora_A.weight, .lora_B.weight, and <parameter> of modules that were trained whole.
     PEFT's own key forms (base_model.model. in front, .default and .modules_to_save inside) are brought to these.
@@ -244,6 +247,7 @@ def write_adapter_files(folder: Path, state: Mapping[str, Tensor], settings: Ada
     if settings.quantised:  # in a file of its own: PEFT warns of keys that it does not know
         (folder / TAUGHT).write_text(json.dumps({"quantised": list(settings.quantised)}) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_fingerprint(folder, settings.fingerprint)
 
 
 def _clean(name: str) -> str:

@@ -64,9 +64,24 @@ class Pair:
         length = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
         return merged * (self.magnitude[begin:end].to(weight.device, dtype)[:, None] / length)
 
-    def added_to(self, weight: Tensor) -> Tensor:
-        """The merged weight in the weight's own type; a large one in pieces, so that it is never twice in memory in float32."""
-        merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    def exact_rows(self, weight: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """merged_rows in float64, and how far float32 sums may be off: a bound for each number, by Cauchy and Schwarz."""
+        b, a = self.b[begin:end].double().norm(dim=1), self.a.double().norm(dim=0)
+        eps = torch.finfo(torch.float32).eps
+        error = torch.outer(b, a) * (eps * (self.rank + 2) * abs(self.scale))
+        merged = self.merged_rows(weight, begin, end, torch.float64)
+        if self.magnitude is not None:
+            length = torch.linalg.vector_norm(weight.double() + self.delta(begin, end, torch.float64), dim=1)
+            factor = self.magnitude[begin:end].double().abs() / length
+            error = error * factor[:, None] + 16 * eps * merged.abs()  # a length is a sum of squares, of pairs of pairs
+        return merged, error
+
+    def added_to(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged weight, rounded once: to dtype, or the weight's own type.
+
+        A large one is made in pieces, so that it is never twice in memory in float32.
+        """
+        merged = torch.empty_like(weight, dtype=dtype or weight.dtype, memory_format=torch.contiguous_format)
         rows = max(1, CHUNK_NUMBERS // weight.shape[1])
         for begin in range(0, weight.shape[0], rows):
             end = begin + rows
@@ -89,12 +104,13 @@ class Adapter:
         """Whether the parameter of that name is changed."""
         return name in self.whole or (name.endswith(".weight") and name.removesuffix(".weight") in self.pairs)
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The parameter of that name with the adapter merged: arithmetic in float32, result in the weight's own type."""
+    def merged(self, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter of that name with the adapter merged in float32, and rounded once: to dtype, or the weight's own type."""
+        dtype = dtype or weight.dtype
         if name in self.whole:
-            return self.whole[name].to(device=weight.device, dtype=weight.dtype)
+            return self.whole[name].to(device=weight.device, dtype=dtype)
         pair = self.pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        return weight if pair is None else pair.added_to(weight)
+        return weight.to(dtype) if pair is None else pair.added_to(weight, dtype)
 
     @property
     def has_dora(self) -> bool:

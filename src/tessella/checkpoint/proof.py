@@ -2,8 +2,8 @@
 
 In: two Sources.  Out: Proofs, with a table for people, or an error.
 Where only names, files and rows moved, every tensor is compared bit by bit, and with equal configs and prompts there is
-nothing left that could differ. Where an adapter was merged, the merge is done again in float64 and each number must lie
-within a unit in the last place of the stored type; then the logits of the unmerged model are compared too, if it fits.
+nothing left that could differ. Where an adapter was merged, the merge is done again in float64 and each number must be the
+nearest of the stored type; then the logits of the unmerged model are compared too, if it fits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from tessella.inputs import Inputs
 
 Mode = Literal["auto", "tensors", "logits"]
 LOGITS_BYTES = 16 * 2**30  # a larger model in float32 is not run unasked: on a CPU that takes longer than the conversion
-SAME_ARITHMETIC = {"InternLM2ForCausalLM": "LlamaForCausalLM"}  # other names for one decoder
+SAME_ARITHMETIC = dict.fromkeys(("InternLM2ForCausalLM", "InternLM3ForCausalLM"), "LlamaForCausalLM")  # names for one decoder
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Proofs:
         """Raises CheckpointError with what differs unless all is equal."""
         if self.tensors.drowned and not self.tensors.differing:
             raise CheckpointError(
-                f"{what} loses the adapter: merging rounds the weights by {self.tensors.difference_rms:.2g} (root mean square), "
-                f"and the adapter itself changes them by only {self.tensors.effect_rms:.2g}; it was not kept. Teach longer, or "
-                "convert in float32 (--dtype float32)"
+                f"{what} loses the adapter: it changes the weights by {self.tensors.effect_rms:.2g} (root mean square), and only "
+                f"{self.tensors.kept:.0%} of that is left when they are rounded; it was not kept. Teach longer, or convert in "
+                "float32 (--dtype float32)"
             )
         for name, told, equal in self.rows():
             if name == "logits" and self.logits is not None:
@@ -206,20 +206,25 @@ def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> str:
 def compare_logits(a: Source, b: Source, device: torch.device) -> Proof:
     """Both models, unmerged where they hold an adapter, on the conversations; one of them is in memory at a time."""
     prompts = probes(Inputs.load(a.folder, a.config))
-    untaught = None
-    if a.adapter is not None and b.adapter is None:
-        untaught = logits_on(a.model(device, taught=False), prompts[:2])  # enough to see how much the adapter changes
-    wanted, found = (logits_on(source.model(device), prompts) for source in (a, b))
-    return compare(wanted, found, _coarsest(a, b), untaught=untaught)
+    first, other = (b, a) if a.adapter is None and b.adapter is not None else (a, b)  # the first is nearer to the exact numbers
+    types = rounded_types(a, b)
+    untaught = shaken = None
+    if first.adapter is not None and other.adapter is None:
+        untaught = logits_on(first.model(device, taught=False), prompts[:2])  # enough to see how much the adapter changes
+    if types:
+        shaken = logits_on(first.shaken_model(device, types), prompts)
+    wanted, found = (logits_on(source.model(device), prompts) for source in (first, other))
+    coarsest = max([torch.float32, *types.values()], key=lambda dtype: LIMITS.get(dtype, 0.0))
+    return compare(wanted, found, coarsest, shaken=shaken, untaught=untaught)
 
 
-def _coarsest(a: Source, b: Source) -> torch.dtype:
-    """The coarsest type to which a number was rounded on the way from one side to the other: it sets how close logits can be."""
-    rounded = [torch.float32]
+def rounded_types(a: Source, b: Source) -> dict[str, torch.dtype]:
+    """The parameters whose numbers were rounded on the way from one side to the other -> to which type."""
+    rounded: dict[str, torch.dtype] = {}
     for name in a.shapes:
         left, right = a.dtype(name), b.dtype(name)
         if a.touches(name) != b.touches(name):
-            rounded.append(right if a.touches(name) else left)
+            rounded[name] = right if a.touches(name) else left
         elif left != right:
-            rounded += [left, right]
-    return max(rounded, key=lambda dtype: LIMITS.get(dtype, 0.0))
+            rounded[name] = max(left, right, key=lambda dtype: torch.finfo(dtype).eps)
+    return rounded

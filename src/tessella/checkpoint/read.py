@@ -7,7 +7,7 @@ A head that is tied (tie_word_embeddings) but stored all the same is passed over
 table; when it differs, the weights are believed and the model is read as untied.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tessella.checkpoint.adapters import CONFIG, is_adapter, learned_in, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
+from tessella.checkpoint.fingerprint import fingerprint, require_base
 from tessella.checkpoint.hub import hub_folder, hub_name
 from tessella.checkpoint.lowrank import combined, fit, merge_adapter
 from tessella.checkpoint.names import (
@@ -81,7 +82,9 @@ def load(
     if adapters:
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         layout = native_layout(model.config)
-        fitted = [fit(read_adapter(one), shapes, model.config.language, layout) for one in adapters]
+        read = [read_adapter(one) for one in adapters]
+        fitted = [fit(one, shapes, model.config.language, layout) for one in read]
+        require_base(read[0].folder, read[0].base, str(folder), *stored_parameters(folder))
         if any(one.has_dora for one in fitted):  # a magnitude is of the weights as the adapters below left them
             for one in fitted:
                 merge_adapter(model, one)
@@ -167,6 +170,26 @@ def load_model(
         need = weights.num_bytes() / 2**30
         raise MemoryError_(f"the weights of {folder} are {need:.1f} GiB and do not fit on {device}; take --device cpu") from error
     return model.eval(), unused
+
+
+def stored_parameters(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes by our names, and what reads one parameter as it is stored, of a model folder."""
+    raw = read_config_json(folder)
+    config, layout = model_config(raw), layout_of(raw)
+    weights = open_weights(folder)
+    files = names_in(weights, layout)
+
+    def tensor(name: str) -> Tensor:
+        group = group_of(name, layout, config.language)
+        return group.to_ours([weights[files[stored]] for stored in group.stored], config.language)[name]
+
+    return {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}, tensor
+
+
+def base_fingerprint(name: str) -> str:
+    """The fingerprint of what a person named as a base; "" when it is an adapter itself."""
+    folder, adapters = find_model(name)
+    return "" if adapters else fingerprint(*stored_parameters(folder))
 
 
 def layout_of(raw: Mapping[str, Any]) -> Layout:

@@ -6,11 +6,11 @@ Tensors are read, not mapped (weights.py), so a model of any size passes through
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tessella.checkpoint.adapters import is_adapter, learned_in, pairs_and_whole, read_adapter, read_adapter_config
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO
+from tessella.checkpoint.fingerprint import require_base
 from tessella.checkpoint.lowrank import CHUNK_NUMBERS, Adapter, attach, combined, fit
 from tessella.checkpoint.lowrank import layout_of as layout_of_names
 from tessella.checkpoint.names import Layout, group_of, native_layout
@@ -64,6 +65,16 @@ class Origin:
             found |= lora_scales(text, str(self.xtuner_config))
         told = {"language": self.lora_alpha, "tower": self.tower_lora_alpha}
         return found | {part: LoraScale(alpha) for part, alpha in told.items() if alpha is not None}
+
+
+class ExactRows(NamedTuple):
+    """Rows begin to end of a merged parameter in float64: the oracle of the merge, which runs in float32."""
+
+    begin: int
+    end: int
+    merged: Tensor
+    change: Tensor  # what the adapter adds
+    error: Tensor  # what float32 sums may be off by, a bound for each number; one 0 for all where nothing is summed
 
 
 class _ReadLast(threading.local):
@@ -121,33 +132,27 @@ class Source:
         return self.weights.span(group.stored[0]) if is_plain else None
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter with the adapter merged. It is widened first when it is wanted wider than it is stored."""
+        """The parameter with the adapter merged, in dtype or as stored. It is rounded once, however it is stored."""
         weight = self.untaught(name)
-        if dtype is not None and dtype.itemsize > weight.dtype.itemsize:
-            weight = weight.to(dtype)
         if self.adapter is not None:
-            weight = self.adapter.merged(name, weight)
+            return self.adapter.merged(name, weight, dtype)
         return weight if dtype is None else weight.to(dtype)
 
-    def changes(self, name: str, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """(begin, end, rows) of what the adapter changes in a touched parameter, in float64 and in pieces.
-
-        weight: the parameter untaught. This is the oracle of the merge, which runs in float32.
-        """
+    def exact(self, name: str, weight: Tensor) -> Iterator[ExactRows]:
+        """What the merge of a touched parameter must give, in pieces. weight: the parameter untaught."""
         assert self.adapter is not None
         whole = self.adapter.whole.get(name)
         rows = max(1, CHUNK_NUMBERS // max(1, weight[0].numel()))
         for begin in range(0, weight.shape[0], rows):
             end = min(begin + rows, weight.shape[0])
+            was = weight[begin:end].double()
             if whole is not None:
-                yield begin, end, whole[begin:end].double() - weight[begin:end].double()
+                merged = whole[begin:end].double()
+                error = torch.zeros(())
             else:
-                pair, base = self.adapter.pairs[name.removesuffix(".weight")], weight[begin:end]
-                plain = pair.magnitude is None  # then the sum need not be made to know the change
-                change = (
-                    pair.delta(begin, end, torch.float64) if plain else pair.merged_rows(base, begin, end, torch.float64) - base
-                )
-                yield begin, end, change
+                pair = self.adapter.pairs[name.removesuffix(".weight")]
+                merged, error = pair.exact_rows(weight[begin:end], begin, end)
+            yield ExactRows(begin, end, merged, merged - was, error)
 
     def entries(self, dtype: torch.dtype | None = None) -> list[Entry]:
         """Every parameter, made when its turn to be written has come; dtype None keeps each one's own."""
@@ -164,14 +169,38 @@ class Source:
 
     def model(self, device: torch.device, *, taught: bool = True) -> VisionLanguageModel:
         """The model in float32, the adapter hanging beside its layers unmerged (taught) or left away."""
+        model = self._filled(device, self.untaught)
+        if taught and self.adapter is not None:
+            attach(model, self.adapter)
+        return model
+
+    def shaken_model(self, device: torch.device, types: Mapping[str, torch.dtype]) -> VisionLanguageModel:
+        """The model in float32, merged, each parameter of types shaken as rounding to that type shakes it.
+
+        It says by how much rounding alone changes the answers; always the same way.
+        """
+        chance = torch.Generator().manual_seed(0)
+
+        def make(name: str) -> Tensor:
+            weight = self.tensor(name, torch.float32)
+            return shaken(weight, types[name], chance) if name in types else weight
+
+        return self._filled(device, make)
+
+    def _filled(self, device: torch.device, make: Callable[[str], Tensor]) -> VisionLanguageModel:
         model = blank_model(self.config)
         for name in self.shapes:
             module, _, leaf = name.rpartition(".")
-            tensor = self.untaught(name).to(device=device, dtype=torch.float32)
+            tensor = make(name).to(device=device, dtype=torch.float32)
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-        if taught and self.adapter is not None:
-            attach(model, self.adapter)
         return model.eval()
+
+
+def shaken(weight: Tensor, dtype: torch.dtype, chance: torch.Generator) -> Tensor:
+    """float32 numbers moved by up to half of a unit in the last place that they would have in dtype."""
+    kind = torch.finfo(dtype)
+    units = (torch.exp2(torch.frexp(weight).exponent.float() - 1) * kind.eps).clamp_min(kind.tiny * kind.eps)
+    return weight + (torch.rand(weight.shape, generator=chance) - 0.5) * units
 
 
 def kind_of(path: Path) -> Kind:
@@ -234,7 +263,10 @@ def _open_adapter(path: Path, origin: Origin, above: tuple[Path, ...]) -> Source
         below = _open(base, Origin(), (*above, path.resolve()))
     except CheckpointError as error:
         raise CheckpointError(f"the base of {path} is not to be had: {error}; or name the base yourself (--base)") from error
-    return _with(below, found, path, "adapter")
+    fitted = _with(below, found, path, "adapter")
+    if below.adapter is None:
+        require_base(path, found.base, str(below.path), below.shapes, below.untaught)
+    return fitted
 
 
 def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:

@@ -2,13 +2,14 @@
 
 In: two Sources.  Out: a Verdict on each parameter, summed up in a TensorProof.
 Where both sides hold a parameter in one piece, the pieces of the two files are compared as they are read; else both tensors are
-put together first. A merged number must lie within a unit in the last place of the stored type.
+put together first. A merged number must be the nearest of its type to the exact one. What rounding leaves of an adapter is the
+share of its change that is found again: what lies below half a unit in the last place is lost, however right each number is.
 """
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +18,27 @@ import torch
 from torch import Tensor
 
 from tessella.checkpoint.names import Layout, group_of
-from tessella.checkpoint.source import Source
+from tessella.checkpoint.source import ExactRows, Source
 from tessella.checkpoint.streams import Span, is_large, new_buffers
-from tessella.checkpoint.verify import DROWNED
 from tessella.checkpoint.weights import Weights, some
 
-NEAR = 1e-6  # share of a merged weight's largest number that float32 sums may be off by, beside a unit in the last place
+KEPT = 0.5  # a merge whose rounding leaves less than this of the adapter is none
+WORTH_TELLING = 0.99
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 THREADS = min(4, os.cpu_count() or 1)  # parameters that are compared at once
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over numbers that were merged again."""
+
+    numbers: int = 0
+    difference: float = 0.0  # squares of stored - exact
+    effect: float = 0.0  # squares of what the adapter changes
+    kept: float = 0.0  # of (stored - base) times what the adapter changes: effect again, when nothing was lost
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,7 @@ class Verdict:
     kind: Literal["equal", "rounded", "merged", "differing"]
     num_bytes: int = 0  # that were read on both sides
     told: str = ""  # what differs
-    numbers: int = 0  # that were merged again, and the sums of their squared differences and changes
-    difference: float = 0.0
-    effect: float = 0.0
+    sums: Sums = Sums()
 
 
 @dataclass(frozen=True)
@@ -50,17 +62,23 @@ class TensorProof:
     num_bytes: int
     difference_rms: float | None = None  # of the merged numbers from the exact ones, and what the adapter changed them by
     effect_rms: float | None = None
+    kept: float | None = None  # share of the adapter's change that is in the stored numbers
 
     @property
     def drowned(self) -> bool:
-        return self.difference_rms is not None and self.effect_rms is not None and self.difference_rms > DROWNED * self.effect_rms
+        return self.kept is not None and self.kept < KEPT
 
     def __str__(self) -> str:
         parts = [f"{self.equal} equal bit by bit"]
         parts += [f"{self.rounded} equal after rounding"] if self.rounded else []
-        parts += [f"{self.merged} merged within a unit in the last place"] if self.merged else []
+        parts += [f"{self.merged} merged to the nearest number{self._told_kept()}"] if self.merged else []
         parts += [f"{len(self.differing)} differ: {some(self.differing, 3)}"] if self.differing else []
         return ", ".join(parts)
+
+    def _told_kept(self) -> str:
+        if self.kept is None or self.kept > WORTH_TELLING:
+            return ""
+        return f" (rounding keeps {self.kept:.0%} of the adapter; --dtype float32 keeps all of it)"
 
 
 def compare_tensors(
@@ -73,7 +91,7 @@ def compare_tensors(
     found = dict(known or {})
     names = list(dict.fromkeys([*a.shapes, *b.shapes]))
     found |= _compare_all(a, b, [name for name in names if name not in found], rounding, advance)
-    return _summed(found[name] for name in names)
+    return summed(found[name] for name in names)
 
 
 def compare_file(a: Source, file: Path, layout: Layout, *, rounding: bool) -> dict[str, Verdict]:
@@ -112,16 +130,17 @@ def _compare_all(
     return dict(zip(names, found, strict=True))
 
 
-def _summed(verdicts: Iterable[Verdict]) -> TensorProof:
+def summed(verdicts: Iterable[Verdict]) -> TensorProof:
     every = list(verdicts)
-    numbers = sum(one.numbers for one in every)
+    sums = sum((one.sums for one in every), Sums())
     counts = {kind: sum(one.kind == kind for one in every) for kind in ("equal", "rounded", "merged")}
     return TensorProof(
         **counts,
         differing=tuple(one.told for one in every if one.kind == "differing"),
         num_bytes=sum(one.num_bytes for one in every),
-        difference_rms=(sum(one.difference for one in every) / numbers) ** 0.5 if numbers else None,
-        effect_rms=(sum(one.effect for one in every) / numbers) ** 0.5 if numbers else None,
+        difference_rms=(sums.difference / sums.numbers) ** 0.5 if sums.numbers else None,
+        effect_rms=(sums.effect / sums.numbers) ** 0.5 if sums.numbers else None,
+        kept=sums.kept / sums.effect if sums.effect else None,
     )
 
 
@@ -133,7 +152,10 @@ def compare_one(a: Source, b: Source, name: str, *, rounding: bool) -> Verdict:
         hint = ", as if transposed" if a.shapes[name] == b.shapes[name][::-1] else ""
         return Verdict("differing", told=f"{name} is {a.shapes[name]} and {b.shapes[name]}{hint}")
     if a.touches(name) or b.touches(name):
-        return _compare_merged(a, b, name) if a.touches(name) != b.touches(name) else _compare_changes(a, b, name)
+        if a.touches(name) and b.touches(name):
+            return _compare_changes(a, b, name)
+        taught, merged = (a, b) if a.touches(name) else (b, a)
+        return merged_verdict(taught, name, merged.untaught(name))
     one, other = a.span(name), b.span(name)
     if one is not None and other is not None and a.dtype(name) == b.dtype(name) and same_bytes(one, other):
         return Verdict("equal", 2 * one.num_bytes)
@@ -154,12 +176,10 @@ def _compare_stored(a: Source, b: Source, name: str, rounding: bool) -> Verdict:
     left, right = a.tensor(name), b.tensor(name)
     size = left.numel() * left.itemsize + right.numel() * right.itemsize
     same_type = left.dtype == right.dtype
-    if not same_type:
-        coarser = max((left.dtype, right.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        left, right = left.to(coarser), right.to(coarser)
-        if not rounding:
-            return Verdict("differing", size, f"{name} is stored as {a.dtype(name)} and {b.dtype(name)}")
-    if same_bits(left, right):
+    if not same_type and not rounding:
+        return Verdict("differing", size, f"{name} is stored as {a.dtype(name)} and {b.dtype(name)}")
+    # either may be the rounded side, and both are: bfloat16 has fewer digits than float16, which has fewer small numbers
+    if same_bits(left.to(right.dtype), right) or same_bits(left, right.to(left.dtype)):
         return Verdict("equal" if same_type else "rounded", size)
     difference = (left.float() - right.float()).abs()
     share = float((left != right).float().mean())
@@ -176,22 +196,43 @@ def _swapped(b: Source, name: str, left: Tensor) -> str:
     return ""
 
 
-def _compare_merged(a: Source, b: Source, name: str) -> Verdict:
-    """One side holds an adapter, the other what the merge should have given: merge again in float64."""
-    taught, other = (a, b) if a.touches(name) else (b, a)
-    base, stored = taught.untaught(name), other.untaught(name)
-    eps, wrong, numbers, sums = torch.finfo(stored.dtype).eps, 0, 0, [0.0, 0.0]
-    for begin, end, change in taught.changes(name, base):
-        exact = base[begin:end].double() + change
-        difference = (stored[begin:end].double() - exact).abs()
-        near = difference <= eps * exact.abs() + NEAR * exact.abs().max()
-        wrong += near.numel() - int(near.sum())  # so counted a NaN is wrong too
-        numbers += exact.numel()
-        sums[0] += float(difference.square().sum())
-        sums[1] += float(change.square().sum())
-    told = f"{name} is not what the merge gives, in {wrong / stored.numel():.1%} of its numbers" if wrong else ""
+def merged_verdict(taught: Source, name: str, stored: Tensor) -> Verdict:
+    """stored: what the merge of that parameter should have given. It is done again in float64.
+
+    Each stored number must be the nearest of its type to the exact one. Where float32 sums leave it open which is the nearest,
+    because the exact one lies within their error of the middle between two, either will do.
+    """
+    base = taught.untaught(name)
+    wrong, sums = 0, Sums(numbers=stored.numel())
+    for rows in taught.exact(name, base):
+        found = stored[rows.begin : rows.end]
+        error = rows.error + torch.finfo(torch.float32).eps * rows.merged.abs()
+        low, high = (rows.merged - error).to(stored.dtype), (rows.merged + error).to(stored.dtype)
+        nearest = (low <= found) & (found <= high) & found.isfinite()  # so counted a NaN is wrong too
+        wrong += nearest.numel() - int(nearest.sum())
+        sums += sums_of(found.double(), base[rows.begin : rows.end].double(), rows)
+    told = _wrong_merge(name, stored, base, wrong, sums) if wrong else ""
     size = base.numel() * base.itemsize + stored.numel() * stored.itemsize
-    return Verdict("differing" if wrong else "merged", size, told, numbers, *sums)
+    return Verdict("differing" if wrong else "merged", size, told, sums)
+
+
+def _wrong_merge(name: str, stored: Tensor, base: Tensor, wrong: int, sums: Sums) -> str:
+    """What is wrong, and what may have happened: left out, or scaled otherwise."""
+    share = wrong / stored.numel()
+    told = f"{name} is not what the merge gives: {share:.1%} of its numbers are not the nearest to base + scale * B A"
+    if stored.dtype == base.dtype and same_bits(stored, base):
+        return f"{told}; it is the base's, as if the adapter had been left out"
+    factor = sums.kept / sums.effect if sums.effect else 1.0
+    return f"{told}; it moved {factor:.2g} times as far as the adapter says" if abs(factor - 1) > 0.2 else told
+
+
+def sums_of(found: Tensor, base: Tensor, rows: ExactRows) -> Sums:
+    """What TensorProof sums up of merged rows, all in float64; their numbers are counted once a parameter."""
+    return Sums(
+        difference=float((found - rows.merged).square().sum()),
+        effect=float(rows.change.square().sum()),
+        kept=float(((found - base) * rows.change).sum()),
+    )
 
 
 def _compare_changes(a: Source, b: Source, name: str) -> Verdict:
@@ -201,8 +242,8 @@ def _compare_changes(a: Source, b: Source, name: str) -> Verdict:
     if left.dtype != right.dtype or not same_bits(left, right):
         return Verdict("differing", size, f"{name} differs between the bases")
     wrong = 0
-    for (_, _, one), (_, _, other) in zip(a.changes(name, left), b.changes(name, right), strict=True):
-        near = (one - other).abs() <= NEAR * one.abs().max()
+    for one, other in zip(a.exact(name, left), b.exact(name, right), strict=True):
+        near = (one.change - other.change).abs() <= one.error + other.error
         wrong += near.numel() - int(near.sum())
     told = f"{name} is changed otherwise, in {wrong / left.numel():.1%} of its numbers" if wrong else ""
     return Verdict("differing" if wrong else "merged", size, told)

@@ -4,10 +4,10 @@ In: prompts (text alone, a picture, tiles over two turns, two pictures) and the 
 T tokens, V vocabulary.
 
 Both sides run in float32 whatever the weights are stored in, so that the arithmetic of bfloat16 does not hide behind the
-difference: what is left is the rounding of the stored weights alone. The limit is a share of the logits' spread (their
-standard deviation over the vocabulary), and it follows the stored type: float32 differs only by the order of sums;
-each further halving of the mantissa costs in proportion. A second rule guards against a limit that is too kind to a faint
-adapter: the difference must be small beside what the adapter itself changes, or a lost adapter would pass.
+difference: what is left is the rounding of the stored weights alone. How much that may be is measured: a third model, whose
+weights are shaken as rounding to the stored type shakes them, answers too, and the converted one may lie hardly farther from
+the unmerged model than that one does. Without that measurement the limit is a share of the logits' spread (their standard
+deviation over the vocabulary) that follows the stored type: looser for most models, too close for strongly taught ones.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ from tessella.model.vision_language import VisionLanguageModel
 
 # Largest allowed difference, as a share of the spread (at least 1). Measured: see tests/test_checkpoint_convert.py.
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
-DROWNED = 0.5  # root mean square of the difference beside that of the adapter's effect
+# How far the converted model's difference may lie beyond the shaken one's: the largest, and the root mean square. Measured on
+# tiny models with changes of 0.01 to 1.3 of the spread in three types: 0.6 to 1.1 and 0.92 to 1.07 (docs/log.md, 2026-11-30).
+BEYOND_LARGEST, BEYOND_RMS = 2.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Proof:
     largest_difference: float
     limit: float
     difference_rms: float
+    rms_limit: float | None  # by the shaken model; None when nothing was rounded
     effect_rms: float | None
     spread: float
     equal_argmax: float  # share of positions whose likeliest next token is the same
@@ -43,27 +46,19 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        return self.largest_difference <= self.limit and not self.drowned
-
-    @property
-    def drowned(self) -> bool:
-        return self.effect_rms is not None and self.difference_rms > DROWNED * self.effect_rms
+        return self.largest_difference <= self.limit and (self.rms_limit is None or self.difference_rms <= self.rms_limit)
 
     def __str__(self) -> str:
+        rms = "" if self.rms_limit is None else f", root mean square {self.difference_rms:.2g} (limit {self.rms_limit:.2g})"
         return (
-            f"largest logit difference {self.largest_difference:.2g} (limit {self.limit:.2g}, spread {self.spread:.2g}), "
+            f"largest logit difference {self.largest_difference:.2g} (limit {self.limit:.2g}){rms}, "
             f"likeliest token equal at {self.equal_argmax:.1%} of {self.tokens} positions in {self.prompts} prompts"
         )
 
     def require(self, what: str) -> None:
         """Raises CheckpointError with the numbers unless the proof holds."""
-        if self.largest_difference > self.limit:
+        if not self.holds:
             raise CheckpointError(f"{what} does not answer like the unmerged model: {self}; it was not kept")
-        if self.drowned:
-            raise CheckpointError(
-                f"{what} loses the adapter: its logits differ by {self.difference_rms:.2g} (root mean square), and the adapter "
-                f"itself changes them by only {self.effect_rms:.2g}; it was not kept. Teach longer, or convert in float32"
-            )
 
 
 def conversations() -> list[tuple[list[Message], list[Picture]]]:
@@ -115,20 +110,32 @@ def logits_on(model: VisionLanguageModel, prompts: Sequence[ModelInput]) -> list
 
 
 def compare(
-    wanted: Sequence[Tensor], found: Sequence[Tensor], stored: torch.dtype, *, untaught: Sequence[Tensor] | None = None
+    wanted: Sequence[Tensor],
+    found: Sequence[Tensor],
+    stored: torch.dtype,
+    *,
+    shaken: Sequence[Tensor] | None = None,
+    untaught: Sequence[Tensor] | None = None,
 ) -> Proof:
     """Compare logits (T, V) of the same prompts. stored: the type of the converted weights, which sets the limit.
 
-    untaught: logits of the base without the adapter on the first prompts, for the second rule.
+    shaken: logits of the model whose weights were shaken as rounding shakes them: they set the limits instead.
+    untaught: logits of the base without the adapter on the first prompts, to tell what the adapter changes.
     """
     a, b = torch.cat(list(wanted)), torch.cat(list(found))
     spread = float(a.std(-1).mean())
     difference = a - b
-    largest = float(difference.abs().max()) if bool(torch.isfinite(b).all()) else float("inf")
+    limit, rms_limit = LIMITS[stored] * max(1.0, spread), None
+    if shaken is not None:
+        by_rounding = torch.cat(list(shaken)) - a
+        by_order = LIMITS[torch.float32] * max(1.0, spread)
+        limit = BEYOND_LARGEST * float(by_rounding.abs().max()) + by_order
+        rms_limit = BEYOND_RMS * rms(by_rounding) + by_order
     return Proof(
-        largest_difference=largest,
-        limit=LIMITS[stored] * max(1.0, spread),
+        largest_difference=float(difference.abs().max()) if bool(torch.isfinite(b).all()) else float("inf"),
+        limit=limit,
         difference_rms=rms(difference),
+        rms_limit=rms_limit,
         effect_rms=None if untaught is None else rms(torch.cat(list(wanted[: len(untaught)])) - torch.cat(list(untaught))),
         spread=spread,
         equal_argmax=float((a.argmax(-1) == b.argmax(-1)).float().mean()),

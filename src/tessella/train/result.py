@@ -12,7 +12,7 @@ from torch import Tensor
 from tessella.checkpoint.adapters import AdapterSettings, save_adapter
 from tessella.checkpoint.lowrank import Pair
 from tessella.checkpoint.names import native_layout
-from tessella.checkpoint.read import Loaded
+from tessella.checkpoint.read import Loaded, base_fingerprint
 from tessella.checkpoint.routing import write_routing
 from tessella.checkpoint.weights import entries_of
 from tessella.checkpoint.write import write_model
@@ -39,7 +39,7 @@ def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optim
         )  # fmt: skip
     settings = AdapterSettings(
         base_name(base_of(recipe)), recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, taught.whole,
-        rslora=recipe.rslora, dora=recipe.dora, quantised=recipe.quantise,
+        rslora=recipe.rslora, dora=recipe.dora, quantised=recipe.quantise, fingerprint=base_fingerprint(base_of(recipe)),
     )  # fmt: skip
     return save_adapter(recipe.output / "adapter", values, settings, force=True, beside=beside)
 
