@@ -35,6 +35,7 @@ CACHE = {
 # Published totals that were seen, in billions as printed: (total, digits behind the point).
 SEEN = {
     "InternVL2_5-2B": (2.206, 3),
+    "InternVL3-9B": (9, 0),
     "InternVL3-78B": (78.41, 2),
     "InternVL3_5-1B": (1.061, 3),
     "InternVL3_5-2B": (2, 0),

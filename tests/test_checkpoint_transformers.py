@@ -4,6 +4,7 @@ For InternLM2, which transformers does not know, the tensors are renamed and unf
 apart from names.py, and run as a Llama.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from tessella.chat import Message
+from tessella.chat import Message, render, text_of
+from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import load
 from tessella.checkpoint.verify import logits_on
+from tessella.inputs import Inputs
 
 transformers = pytest.importorskip("transformers", reason="the oracle of this test; PEFT brings it, in the train extra")
 
@@ -79,3 +82,34 @@ def test_the_text_half_of_a_folder_answers_in_transformers_as_with_us(tmp_path: 
         wanted = theirs.eval()(prompt.ids[None]).logits[0]
     found = logits_on(loaded.model, [prompt])[0]
     assert wanted.std() > 0.5 and (found - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_an_official_folders_config_tokenizer_and_template_open_in_transformers(tmp_path: Path, family: str) -> None:
+    """With our own code for the config, which stands in for the base's where that brought none."""
+    config = tiny.family(family)
+    base = tiny.tiny_folder(tmp_path / "base", config.language.architecture, config=config)
+    out = convert(base, tmp_path / f"out_{config.language.architecture}", Wish(proof="tensors")).folder
+    found = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
+    assert found.architectures == ["InternVLChatModel"] and found.template == config.template
+    assert found.llm_config.hidden_size == config.language.hidden_size
+    rope = getattr(found.llm_config, "rope_parameters", None) or {}  # transformers 5 moves it there
+    assert rope.get("rope_theta", getattr(found.llm_config, "rope_theta", None)) == 1e4
+    assert found.vision_config.qk_normalization is config.vision.qk_norm
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    inputs = Inputs.load(out, config)
+    messages = [Message("user", "<image>\nWhat is in this picture?"), Message("assistant", "A dish."), Message("user", "Which?")]
+    text = tokenizer.apply_chat_template(
+        [{"role": one.role, "content": one.text} for one in messages], tokenize=False, add_generation_prompt=True
+    )
+    bos = "<s>" if inputs.template.add_bos and inputs.tokenizer.bos_id is not None else ""
+    assert text == bos + text_of(render(messages, inputs.template, open_turn=True))
+
+
+def test_what_the_base_brought_for_engines_is_left_as_it_is(tmp_path: Path) -> None:
+    base = tiny.tiny_folder(tmp_path / "base", "LlamaForCausalLM")
+    (base / "configuration_internvl_chat.py").write_text("# theirs")
+    raw = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**raw, "chat_template": "theirs"}))
+    out = convert(base, tmp_path / "out", Wish(proof="tensors")).folder
+    assert (out / "configuration_internvl_chat.py").read_text() == "# theirs" and not (out / "chat_template.jinja").exists()

@@ -23,11 +23,12 @@ from tessella.model.vision_language import VisionLanguageModel
 
 ARCHITECTURES = ("InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
 TEMPLATES = {"InternLM2ForCausalLM": "internlm2-chat", "LlamaForCausalLM": "chatml", "Qwen2ForCausalLM": "Hermes-2"}
-TEMPLATES |= {"Qwen3ForCausalLM": "internvl2_5", "Phi3ForCausalLM": "phi3-chat"}
+TEMPLATES |= {"Qwen3ForCausalLM": "internvl2_5", "Phi3ForCausalLM": "phi3-chat", "InternLM3ForCausalLM": "internvl2_5"}
 FAMILIES = {
     "InternLM2": "InternLM2ForCausalLM",
     "InternVL-Chat 1.5": "InternLM2ForCausalLM",
     "Mini-InternVL": "InternLM2ForCausalLM",
+    "InternLM3": "InternLM3ForCausalLM",
     "Yi": "LlamaForCausalLM",
     "Llama 3.1": "LlamaForCausalLM",
     "Qwen2": "Qwen2ForCausalLM",
@@ -111,6 +112,8 @@ def family(name: str) -> ModelConfig:
         config = replace(config, template="Hermes-2" if name == "Yi" else "internlm2-chat")
     if name == "Qwen3":  # heads that do not add up to the width, and a head that is the table
         config = replace(config, language=replace(config.language, head_dim=24, tie_embeddings=True))
+    if name == "InternLM3":
+        config = replace(config, language=replace(config.language, rope_dynamic_factor=6.0))
     if name == "Mini-InternVL":
         config = replace(config, max_tiles=6, select_layer=-2)
     return config

@@ -11,12 +11,15 @@ SLOT = "<IMG_CONTEXT>"  # one for each picture; the processor makes it as many a
 VIDEO = "<video>"
 
 
-def chat_template(template: Template, bos: str | None) -> str:
-    """bos: the text of the token in front of each prompt, None for none. It is written out, because engines do not add it."""
+def chat_template(template: Template, bos: str | None, *, mark: str = SLOT) -> str:
+    """bos: the text of the token in front of each prompt, None for none. It is written out, because engines do not add it.
+
+    mark: what stands for a picture in the rendered prompt; engines that open the official layout look for <image> there.
+    """
     heads, ends = (
         ", ".join(f"{_quoted(role)}: {_quoted(''.join(part(role)))}" for role in ROLES) for part in (template.head, template.tail)
     )
-    slot = SLOT.join(template.frame)
+    slot = mark.join(template.frame)
     return "".join(
         [
             _put(_quoted(bos)) if bos else "",

@@ -23,6 +23,7 @@ from tessella.config import (
 )
 from tessella.errors import ConfigError
 
+AUTO_CONFIG = "configuration_internvl_chat.InternVLChatConfig"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -37,7 +38,7 @@ def official_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
         **own,
         "architectures": [OFFICIAL],
         "auto_map": {
-            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+            "AutoConfig": AUTO_CONFIG,
             "AutoModel": "modeling_internvl_chat.InternVLChatModel",
             "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
         },

@@ -47,11 +47,13 @@ TOWERS = {
     "6B": Tower(3200, 45, 25, 12800, "rms_norm", qkv_bias=False, qk_norm=True),
 }
 INTERNLM2, PHI3, LLAMA = "InternLM2ForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM"
+INTERNLM3 = "InternLM3ForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 DECODERS = {
     "InternLM2-1.8B": Decoder(INTERNLM2, 2048, 24, 16, 8, 8192, 92553, 128),
     "InternLM2-7B": Decoder(INTERNLM2, 4096, 32, 32, 8, 14336, 92553, 128),
     "InternLM2-20B": Decoder(INTERNLM2, 6144, 48, 48, 8, 16384, 92553, 128),
+    "InternLM3-8B": Decoder(INTERNLM3, 4096, 48, 32, 2, 10240, 128512, 128),
     "Phi-3-mini": Decoder(PHI3, 3072, 32, 32, 32, 8192, 32020, 96),
     "Yi-34B": Decoder(LLAMA, 7168, 60, 56, 8, 20480, 64007, 128),
     "Llama-3-70B": Decoder(LLAMA, 8192, 80, 64, 8, 28672, 128265, 128),
@@ -70,7 +72,7 @@ DECODERS = {
     "Qwen3-14B": Decoder(QWEN3, 5120, 40, 40, 8, 17408, 151936, 128),
     "Qwen3-32B": Decoder(QWEN3, 5120, 64, 64, 8, 25600, 151936, 128),
 }
-# Not here: InternVL3-9B (InternLM3) and the mixtures of experts of 3.5, whose decoders are not ours.
+# Not here: the mixtures of experts of 3.5, whose decoders are not ours. InternLM3's row is from memory of its published shape.
 PUBLISHED = {
     "InternVL-Chat-V1-5": Published("6B", "InternLM2-20B", "internlm2-chat", context_tokens=4096),
     "Mini-InternVL-Chat-2B-V1-5": Published("300M", "InternLM2-1.8B", "internlm2-chat"),
@@ -92,6 +94,7 @@ PUBLISHED = {
     "InternVL3-1B": Published("300M", "Qwen2.5-0.5B", "internvl2_5"),
     "InternVL3-2B": Published("300M", "Qwen2.5-1.5B", "internvl2_5"),
     "InternVL3-8B": Published("300M", "Qwen2.5-7B", "internvl2_5"),
+    "InternVL3-9B": Published("300M", "InternLM3-8B", "internvl2_5"),
     "InternVL3-14B": Published("300M", "Qwen2.5-14B", "internvl2_5"),
     "InternVL3-38B": Published("6B", "Qwen2.5-32B", "internvl2_5"),
     "InternVL3-78B": Published("6B", "Qwen2.5-72B", "internvl2_5"),

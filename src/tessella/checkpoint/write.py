@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tessella.chat import template_named
+from tessella.chat import IMAGE_MARK, template_named
 from tessella.checkpoint.folder import MANIFEST, finished_files, new_folder, note_finished
 from tessella.checkpoint.jinja import SLOT, chat_template
 from tessella.checkpoint.layout import (
@@ -32,13 +32,15 @@ from tessella.checkpoint.names import Group, Layout, groups_of, stored_shapes
 from tessella.checkpoint.progress import byte_bar
 from tessella.checkpoint.tokenizer_files import native_tokenizer_files
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
-from tessella.config import LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
+from tessella.config import ConnectorConfig, LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
 from tessella.errors import CheckpointError
 from tessella.tokenizer import Tokenizer
 from tessella.wordpiece import FOLDER as QUESTIONS
 
 SHARD_BYTES = 5 * 10**9  # as the official folders
 KEPT = "official"  # the subfolder of a native folder that holds the official side files
+CHAT_TEMPLATE = "chat_template.jinja"
+CONFIG_CODE = Path(__file__).parent.parent / "assets" / "official" / "configuration_internvl_chat.py.txt"
 # Files of the base that are carried over as they are; the weights and the JSONs that we write ourselves are not.
 SIDE_SUFFIXES = (".json", ".model", ".txt", ".py", ".jinja", ".md")
 OUR_FILES = ("config.json", "generation_config.json", INDEX, MANIFEST, "adapter_config.json")
@@ -141,8 +143,29 @@ def write_side_files(
     write_json(official / "generation_config.json", generation_config(old_generation, end_ids))
     if not (official / "preprocessor_config.json").is_file():
         write_json(official / "preprocessor_config.json", preprocessor_config(config))
+    _add_what_engines_need(official, config)
     if layout == "native":
         _write_native_files(folder, official, config, stored, end_ids)
+
+
+def _add_what_engines_need(official: Path, config: ModelConfig) -> None:
+    """What other engines ask an official folder for and its base did not bring: a chat template, and code for its config.
+
+    Without a template they fall back to one of their own, or to none: the most reported way to lose a fine-tune.
+    """
+    tokens = official / "tokenizer_config.json"
+    told = tokens.is_file() and read_json(tokens).get("chat_template")
+    if not told and not (official / CHAT_TEMPLATE).is_file():
+        tokenizer = Tokenizer.load(official)
+        text = chat_template(template_named(config.template), _bos(config, tokenizer), mark=IMAGE_MARK)
+        (official / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+    if config.connector == ConnectorConfig() and not (official / CONFIG_CODE.stem).is_file():
+        shutil.copyfile(CONFIG_CODE, official / CONFIG_CODE.stem)
+
+
+def _bos(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    begins = template_named(config.template).add_bos and tokenizer.bos_id is not None
+    return tokenizer.name_of(tokenizer.bos_id) if begins and tokenizer.bos_id is not None else None
 
 
 def _write_native_files(folder: Path, official: Path, config: ModelConfig, stored: str, end_ids: Sequence[int]) -> None:
@@ -153,8 +176,7 @@ def _write_native_files(folder: Path, official: Path, config: ModelConfig, store
     raw = native_config(config, stored, image_token_id=tokenizer.id_of(SLOT), end_id=end_ids[0])
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
-    bos = tokenizer.name_of(tokenizer.bos_id) if template.add_bos and tokenizer.bos_id is not None else None
-    (folder / "chat_template.jinja").write_text(chat_template(template, bos), encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(chat_template(template, _bos(config, tokenizer)), encoding="utf-8")
     for name, content in native_processor_files(config).items():
         write_json(folder / name, content)
 

@@ -45,6 +45,8 @@ def _refuse_unknown_arithmetic(raw: Mapping[str, Any], where: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f'{where}.hidden_act is "{activation}", must be "silu"')
+    if raw.get("model_type") == "internlm3" and (raw.get("bias") or raw.get("qkv_bias")):
+        raise ConfigError(f"{where} has biases (bias, qkv_bias), and an InternLM3 with them is not known; must be false")
     if raw.get("mlp_bias"):
         raise ConfigError(f"{where}.mlp_bias is true, must be false")
     # Phi-3 and Mistral have a window but no switch for it; Qwen's switch is off unless said. Wider than a prompt, a window

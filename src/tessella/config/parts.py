@@ -10,14 +10,15 @@ from tessella.errors import ConfigError
 # architecture of the language model -> its model_type; Yi and Llama 3 are LlamaForCausalLM
 MODEL_TYPES = {
     "InternLM2ForCausalLM": "internlm2",
+    "InternLM3ForCausalLM": "internlm3",
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
     "MistralForCausalLM": "mistral",
 }
-# InternLM2 is Llama by its arithmetic, and transformers knows only the latter.
-NATIVE_MODEL_TYPES = {**MODEL_TYPES, "InternLM2ForCausalLM": "llama"}
+# InternLM2 and InternLM3 are Llama by their arithmetic, and transformers knows only the latter.
+NATIVE_MODEL_TYPES = {**MODEL_TYPES, "InternLM2ForCausalLM": "llama", "InternLM3ForCausalLM": "llama"}
 CONTEXT_TOKENS = 8192  # that the whole family was trained with, prompt plus answer
 
 
