@@ -17,7 +17,9 @@ from typing import Any, Literal
 import torch
 
 from tessella.checkpoint.adapters import settings_of, state_of, write_adapter_files
+from tessella.checkpoint.fingerprint import fingerprint
 from tessella.checkpoint.folder import check_place, new_folder, read_manifest
+from tessella.checkpoint.gguf_write import write_gguf
 from tessella.checkpoint.lowrank import named
 from tessella.checkpoint.names import Layout, native_layout
 from tessella.checkpoint.proof import Mode, Proofs, prove
@@ -30,8 +32,9 @@ from tessella.errors import CheckpointError, ConfigError
 from tessella.inputs import Inputs
 from tessella.model.device import DTYPES, choose_device
 
-Target = Literal["official", "native", "adapter"]
+Target = Literal["official", "native", "adapter", "gguf"]
 Names = Literal["ours", "official", "native"]
+GGUF = "model.gguf and mmproj.gguf for llama.cpp"
 BASE = "base"  # folder beside an adapter that was split off, for what is left
 
 
@@ -87,7 +90,8 @@ class ConvertResult:
             return f"{taught}as an adapter, {self.num_bytes / 1e6:,.1f} MB"
         where = " into the unquantised base (taught on one in 4 bits)" if self.quantised else ""
         merged = f", {taught}merged{where}" if self.merged_pairs or self.replaced_tensors else ""
-        return f"{KINDS[self.kind]} -> {KINDS[self.to]}{merged}, {self.num_bytes / 1e9:,.2f} GB in {self.stored}"
+        to = GGUF if self.to == "gguf" else KINDS[self.to]
+        return f"{KINDS[self.kind]} -> {to}{merged}, {self.num_bytes / 1e9:,.2f} GB in {self.stored}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for --json."""
@@ -123,6 +127,8 @@ def convert(source: str | Path, out: str | Path, wish: Wish | None = None, origi
     device = choose_device(wish.device)
     if wish.to == "adapter":
         proof, entries = _write_adapter(found, out, wish, (origin or Origin()).base, device)
+    elif wish.to == "gguf":
+        proof, entries = write_gguf(found, out, wish.stored, force=wish.force)
     else:
         layout = native_layout(found.config) if wish.to == "native" else wish.to
         proof, entries = _write_model(found, out, wish, layout, device)
@@ -226,7 +232,7 @@ def _write_adapter(
         if splits:
             _write_model(plain, aside / BASE, replace(wish, to="official", names="ours"), "official", device)
             hashes |= {f"{BASE}/{name}": digest for name, (_, digest) in read_manifest(aside / BASE).items()}
-        write_adapter_files(aside, state, settings_of(adapter, base))
+        write_adapter_files(aside, state, settings_of(adapter, base, fingerprint(plain.shapes, plain.untaught)))
         copy_routing(source.routing, aside)
         again = open_source(aside, Origin(base=str(aside / BASE) if splits else base))
         proof = prove(source, again, mode=wish.proof, device=device)

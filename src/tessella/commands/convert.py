@@ -14,8 +14,8 @@ from tessella.commands.place import Here, Place, Result
 class Convert:
     source: Annotated[Positional[str], arg(metavar="IN", help="Model, adapter, LoRA checkpoint, .pth, or tessella-nano.")]
     out: Annotated[Positional[Path], arg(metavar="OUT", help="Folder to make.")]
-    to: Literal["official", "native", "adapter"] = "official"
-    """Layout of OUT; adapter: only what was taught, apart from its base."""
+    to: Literal["official", "native", "adapter", "gguf"] = "official"
+    """Layout of OUT; adapter: only what was taught, apart from its base; gguf: two files for llama.cpp."""
     names: Literal["ours", "official", "native"] = "ours"
     """Whose names an adapter's modules get; official has InternLM2's fused wqkv, native is for transformers' own class."""
     base: str | None = None
@@ -65,10 +65,12 @@ class Verify:
     proof: Literal["auto", "tensors", "logits"] = "auto"
     """tensors never runs the models, logits always does."""
     engines: str = ""
-    """Other engines that answer from B with their own code; "transformers" can be asked."""
+    """Other engines that answer from B with their own code, comma between them: transformers, vllm, lmdeploy."""
+    engine_python: tuple[str, ...] = ()
+    """ENGINE=/path/to/python of an engine that lives in an environment of its own, one or more of them."""
     place: Here = field(default_factory=Place)
 
     def run(self) -> Result:
         from tessella.verification import verify  # torch
 
-        return verify(self.a, self.b, self.proof, self.place.device, self.engines)
+        return verify(self.a, self.b, self.proof, self.place.device, self.engines, self.engine_python)
