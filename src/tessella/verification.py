@@ -3,30 +3,34 @@
 In: what a person named as A and B.  Out: the result; its key "differs" decides the exit code.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tessella.checkpoint.engines import ask, engines_named
+from tessella.checkpoint.engines import ask, engines_named, pythons_named
 from tessella.checkpoint.proof import Mode, prove
 from tessella.checkpoint.source import KINDS, open_source
 from tessella.model.device import choose_device
 
 
-def verify(a: str, b: str, mode: Mode, device: str, engines: str) -> dict[str, Any]:
+def verify(a: str, b: str, mode: Mode, device: str, engines: str, engine_pythons: Sequence[str] = ()) -> dict[str, Any]:
     """Compare and print. engines: names of other engines that are to answer from B, comma between them.
+
+    engine_pythons: ENGINE=/path/to/python for those that live in an environment of their own.
 
     Raises CheckpointError, ConfigError when one side cannot be read.
     """
     others = engines_named(engines)
+    pythons = pythons_named(engine_pythons, others)
     left, right = open_source(a), open_source(b)
     proofs = prove(left, right, mode=mode, device=choose_device(device))
     console = Console()
     for word, source in (("A", left), ("B", right)):
         console.print(f"{word}  {source.path}: {KINDS[source.kind]}", highlight=False, soft_wrap=True)
     show(proofs.rows(), console)
-    answers = [ask(engine, right) for engine in others]
+    answers = [ask(engine, right, pythons.get(engine)) for engine in others]
     for answer in answers:
         show(answer.rows(), console)
     differs = not proofs.holds or any(answer.version and not answer.holds for answer in answers)

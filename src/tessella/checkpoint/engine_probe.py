@@ -1,8 +1,8 @@
 """transformers on a native folder, in a process of its own: its prompts, its ids, its first-token log probabilities.
 
-In: a folder, a JSON file of conversations (messages, picture files).  Out: a JSON file and a safetensors file.
-Run as: python -m tessella.checkpoint.engine_probe FOLDER TALKS OUT. Nothing of Tessella's own reading is used on the way: the
-chat template, the tokenizer, the tiles and the model are all as transformers has them.
+In: a folder, a JSON file of conversations (messages, picture files), how many tokens to answer.  Out: a JSON file and a
+safetensors file. Run as: python engine_probe.py FOLDER TALKS OUT TOKENS -. Nothing of Tessella's own reading is used on the
+way: the chat template, the tokenizer, the tiles and the model are all as transformers has them.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 START, SLOT, END = "<img>", "<IMG_CONTEXT>", "</img>"
 
 
-def main(folder: Path, talks: Path, out: Path) -> None:
+def main(folder: Path, talks: Path, out: Path, tokens: int) -> None:
     """Ask each conversation and write what came of it: out.json and out.safetensors (row by row, (V,) float32)."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     pictures = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -34,8 +34,10 @@ def main(folder: Path, talks: Path, out: Path) -> None:
         inputs, tiles = tokens_of(prompt, talk["pictures"], tokenizer, pictures, slots)
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1]
+            answer = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         rows[str(number)] = logits.float().log_softmax(-1)
-        found.append({"prompt": prompt.replace(SLOT, "<image>"), "ids": inputs["input_ids"][0].tolist(), "tiles": tiles})
+        ids = inputs["input_ids"][0].tolist()
+        found.append({"prompt": prompt.replace(SLOT, "<image>"), "ids": ids, "tiles": tiles, "answer": answer.tolist()})
     save_file(rows, out.with_suffix(".safetensors"))
     out.write_text(json.dumps({"version": transformers.__version__, "talks": found}), encoding="utf-8")
 
@@ -55,4 +57,4 @@ def tokens_of(prompt: str, files: list[str], tokenizer: Any, processor: Any, slo
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
