@@ -211,7 +211,10 @@ def sample_of(draft: Draft, looked_at: Sequence[Size | str], inputs: Inputs | No
     check_boxes(messages)
     measured = Lengths(0, 0, 0) if inputs is None else _measure(messages, sizes, draft.max_tiles, inputs)
     pictures = tuple(Picture(source, draft.max_tiles) for source in draft.sources)
-    return Sample(draft.place, messages, pictures, draft.key, sizes, draft.label, *measured, draft.repeat, draft.jpeg)
+    return Sample(
+        draft.place, messages, pictures, draft.key, sizes, draft.label, *measured, draft.repeat, draft.jpeg,
+        rejected=draft.rejected,
+    )  # fmt: skip
 
 
 def _measure(messages: Sequence[Message], sizes: Sequence[Size], max_tiles: int | None, inputs: Inputs) -> Lengths:

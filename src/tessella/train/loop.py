@@ -31,6 +31,7 @@ from tessella.train.multitask.teach import attach
 from tessella.train.optimiser import Optimiser
 from tessella.train.packing import Packing
 from tessella.train.passes import HeldOut, Passes
+from tessella.train.preference import PairSteps, Preference
 from tessella.train.recipe import Recipe
 from tessella.train.result import save_result
 from tessella.train.state import Progress, check_same_run, newest, restore_random_state, save, saved
@@ -122,14 +123,15 @@ class Run:
         self.started, self.earlier_s, self.step = started, 0.0, 0
         self.device = loaded.model.device
         self.num_samples, self.data_hash = len(samples), hash_of(samples)
-        self.steps = Steps(
+        self.steps = (PairSteps if recipe.method != "sft" else Steps)(
             samples, loaded.inputs, looks=max(1, round(recipe.epochs * len(samples))), samples_per_step=recipe.samples_per_step,
             tokens_per_pass=recipe.tokens_per_pass, seed=recipe.seed, augmentation=recipe.augment,
             packing=recipe.packing,
         )  # fmt: skip
         self.total_steps = min(len(self.steps), recipe.max_steps or len(self.steps))
         self.optimiser = Optimiser(taught, recipe, self.total_steps)
-        self.passes = Passes(loaded.model, recipe)
+        sft = recipe.method == "sft"
+        self.passes = Passes(loaded.model, recipe) if sft else Preference(loaded.model, recipe, taught, self.optimiser)
         self.held_out = HeldOut(held_out, loaded, self.passes, recipe)
         count = recipe.projector_warmup_steps  # before _resume, for it always begins at what the model says
         self.warmup = Warmup(self.steps, loaded, count, self.passes.features) if count else None
@@ -300,7 +302,7 @@ class Run:
         speed = (self.tokens - self.tokens_reported) / max(seconds, 1e-9)
         rate = self.recipe.learning_rate * self.optimiser.factor(self.step - 1)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_s": speed}
-        values["memory_gib"] = self.log.memory_gib()
+        values |= {"memory_gib": self.log.memory_gib(), **self.passes.told(seconds)}
         left = (self.total_steps - self.step) * seconds / len(self.recent)
         self.log.step(self.step, {**values, "seconds": self._seconds()}, left)
         self.recent = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tessella.errors import TessellaError, is_out_of_memory
+from tessella.errors import ConfigError, TessellaError, is_out_of_memory
 from tessella.inputs import Inputs, ModelInput
 from tessella.model.device import free_bytes
 from tessella.train.batch import Pack, Steps, pack
@@ -73,6 +73,10 @@ class Bench:
     """The parts of a run, as loop.Run makes them, and its clock."""
 
     def __init__(self, recipe: Recipe):
+        if recipe.method != "sft":
+            raise ConfigError(
+                f'method is "{recipe.method}": only "sft" is measured ahead; a pair costs about 1.5 of its two rows'
+            )
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
         loaded, begun = load_to_teach(recipe)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
 
+SUMS = "sums"
 LAYER = re.compile(r"(language_model|vision_model)\..*?layers\.(\d+)\.")
 
 
@@ -82,6 +83,9 @@ class Optimiser:
             {"params": some, "lr": rate, "weight_decay": recipe.weight_decay if decayed else 0.0}
             for (rate, decayed), some in groups.items()
         ]
+        # What a loss adds up over the steps, (sum, count): settled by whole steps, and of the step under way.
+        self.sums = torch.zeros(2, device=next(iter(self.masters.values())).device)
+        self.pending: Tensor | None = None
         self.adamw = torch.optim.AdamW(listed, betas=recipe.betas, fused=True)
 
     @torch.no_grad()
@@ -112,6 +116,8 @@ class Optimiser:
         learning = [master for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm)
         self.adamw.step()
+        if self.pending is not None:
+            self.sums += self.pending
         self.forget()
         self._round()
         return norm
@@ -120,8 +126,14 @@ class Optimiser:
         """Share of the peak learning rate at a step."""
         return learning_rate_factor(step, self.total_steps, self.warmup_share)
 
+    def add(self, numbers: Tensor) -> None:
+        """numbers of a pass, any shape: into the sum and the count of the step under way."""
+        found = torch.stack((numbers.sum(), torch.full_like(numbers.sum(), numbers.numel()))).to(self.sums)
+        self.pending = found if self.pending is None else self.pending + found
+
     def forget(self) -> None:
-        """Drop all gradients."""
+        """Drop all gradients, and what the step under way has added up."""
+        self.pending = None
         for name, master in self.masters.items():
             master.grad = self.parameters[name].grad = None
 
@@ -142,8 +154,8 @@ class Optimiser:
         return {name: master.detach() for name, master in self.masters.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, flat: learned.<name>, first.<name>, second.<name>, steps.<name>."""
-        out = {f"learned.{name}": value for name, value in self.values().items()}
+        """All that a resumed run needs, flat: learned.<name>, first.<name>, second.<name>, steps.<name>, sums."""
+        out = {f"learned.{name}": value for name, value in self.values().items()} | {SUMS: self.sums}
         for name, master in self.masters.items():
             held = self.adamw.state.get(master, {})
             if held:
@@ -153,6 +165,8 @@ class Optimiser:
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take what state() gave."""
+        if SUMS in state:  # checkpoints of 2026-11-29 and before have none
+            self.sums.copy_(state[SUMS])
         for name, master in self.masters.items():
             master.copy_(state[f"learned.{name}"])
             if f"first.{name}" in state:

@@ -5,10 +5,12 @@ T tokens, L of them learned, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tessella.checkpoint.read import Loaded
 from tessella.errors import ConfigError, ImageError, PromptError
@@ -20,6 +22,7 @@ from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, StepData, pack_all
 from tessella.train.dataset import Sample
 from tessella.train.features import Kept, chosen
+from tessella.train.flops import rate_of, work_of
 from tessella.train.limits import Stop
 from tessella.train.lora import lowest_taught
 from tessella.train.multitask.rows import build_taught
@@ -30,6 +33,7 @@ from tessella.train.recipe import Recipe
 MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
 ANSWER_TOKENS = 64
 TILES_AT_ONCE = 64  # on a GPU
+LOGITS_AT_ONCE = 2**27  # numbers of a piece of logits: 512 MiB in float32
 # Tiles, or what a frozen tower says of them, and the questions that a connector may read beside them -> one tensor a tile.
 Look = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 
@@ -55,23 +59,28 @@ class Passes:
         keep, on_cpu = recipe.caches_features, model.device.type == "cpu"
         self.tiles = Kept(model.device, at_once=1 if on_cpu else TILES_AT_ONCE, keep=keep and not self.lowest)
         self.rows = Kept(model.device, keep=keep)
-        self.compiled = recipe.compile
+        self.work, self.rate, self.done = work_of(model, recipe, self.lowest), rate_of(model.device, model.dtype), 0.0
+        self.now: Attend | None = None
+        self.handed: Attend | None = None  # what compiled layers are handed in place of it
         if recipe.compile:
             compile_layers(model)
-
-    def loss(self, pack: Pack) -> Tensor:
-        """Cross-entropy summed over the learned tokens of a pack, a scalar; logits are made at these L positions alone."""
-        pack = pack.to(self.model.device)
-        return self._text_loss(self.hidden(pack), pack)
+            # One function for the whole run: a new one for each pass would be a new thing to compile for, without an end.
+            self.handed = torch.compiler.disable(self._attend_now)
 
     def share(self, pack: Pack, step: StepData) -> Tensor:
         """What a pack adds to the loss of its step: a mean over its learned tokens, and the decoders' over its routed rows."""
-        pack = pack.to(self.model.device)
+        pack, seen = pack.to(self.model.device), self.tiles.computed
         hidden = self.hidden(pack)
-        loss = self._text_loss(hidden, pack) / step.learned
+        loss = self.token_losses(hidden, pack).sum() / step.learned
+        self.done += self.work.of(pack, len(pack.tiles) if self.frozen is None else self.tiles.computed - seen)
         if not pack.placed:
             return loss
         return loss + self.decoders.loss(View(hidden, pack.tiles, pack.tiles_of), pack.placed) / step.routed
+
+    def loss(self, pack: Pack) -> Tensor:
+        """Cross-entropy summed over the learned tokens of a pack, a scalar."""
+        pack = pack.to(self.model.device)
+        return self.token_losses(self.hidden(pack), pack).sum()
 
     def hidden(self, pack: Pack) -> Tensor:
         """The hidden states (T, D) of a pack that lies on the device."""
@@ -81,9 +90,25 @@ class Passes:
             states = self.embed(pack)
         return self.model.language_model(states, pack.positions, self.attend(pack), max(pack.lengths), first=self.lowest)
 
-    def _text_loss(self, hidden: Tensor, pack: Pack) -> Tensor:
-        logits = self.model.logits(hidden.index_select(0, pack.predict))
-        return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
+    def token_losses(self, hidden: Tensor, pack: Pack) -> Tensor:
+        """Cross-entropy of each learned token, (L,) float32, from the hidden states (T, D) of a pack that lies on the device.
+
+        Logits are made at these L positions alone, and in pieces: beyond one piece they are made again in the backward pass.
+        """
+        states = hidden.index_select(0, pack.predict)
+        rows = max(1, LOGITS_AT_ONCE // self.model.config.language.vocab_size)
+        pieces = zip(states.split(rows), pack.targets.split(rows), strict=True)
+        if len(states) <= rows or not torch.is_grad_enabled():
+            return torch.cat([self._piece_losses(*piece) for piece in pieces])
+        return torch.cat([checkpoint(self._piece_losses, *piece, use_reentrant=False) for piece in pieces])
+
+    def _piece_losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.logits(states).float(), targets, reduction="none")
+
+    def told(self, seconds: float) -> dict[str, float]:
+        """Numbers of the steps since it was last asked, for the log; they took so many seconds."""
+        speed, self.done = self.done / max(seconds, 1e-9), 0.0
+        return {"tflop_per_s": speed / 1e12, "mfu": speed / self.rate}
 
     def below(self, pack: Pack) -> Tensor:
         """The states (T, D) of a pack before the first layer that learns."""
@@ -101,9 +126,13 @@ class Passes:
         return embeddings.index_copy(0, pack.slots, shown.to(embeddings.dtype))
 
     def attend(self, pack: Pack) -> Attend:
-        attend: Attend = Causal(pack.lengths, self.model.device)
-        # The lengths change with every pass: compiled, attention would be compiled anew for each.
-        return torch.compiler.disable(attend) if self.compiled else attend
+        self.now = Causal(pack.lengths, self.model.device)
+        return self.now if self.handed is None else self.handed
+
+    def _attend_now(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the pass under way. It stays outside what is compiled, for its lengths change with every pass."""
+        assert self.now is not None
+        return self.now(layer, q, k, v)
 
     def see(self, pack: Pack) -> Tensor | None:
         """The visual tokens (N, slots, D) of a pack's tiles, None without tiles."""
@@ -129,12 +158,11 @@ class Passes:
         return self.constant(pack, lambda tiles, _: self.model.features(tiles))
 
 
-def compile_layers(model: VisionLanguageModel) -> None:
-    """Compile each layer in place; attention stays outside (attend.py), for its lengths change with every pass."""
-    torch._dynamo.config.recompile_limit = 4 * model.config.language.num_layers
+def compile_layers(model: VisionLanguageModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each layer in place. All layers of a kind share their graphs, and these serve every length."""
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # the layer's number is no reason to compile it again
     for layer in (*model.language_model.model.layers, *model.vision_model.encoder.layers):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 class HeldOut:

@@ -41,11 +41,13 @@ class Draft:
     max_tiles: int | None = None  # of each picture, where the data itself says so
     repeat: float = 1.0  # how often it is seen in an epoch
     jpeg: bool = False  # its pictures are compressed anew at each look
+    rejected: str = ""  # of a pair: the answer that is liked less
 
     @property
     def key(self) -> str:
         """Hash of what is said and shown; the same wherever the dataset lies."""
         said = [[message.role, message.text] for message in self.messages]
+        said += [["rejected", self.rejected]] if self.rejected else []
         return hashlib.sha256(json.dumps([said, self.names]).encode()).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from tessella.errors import ConfigError, DataError, PromptError
 from tessella.train.classes import Asking, class_name, read_folder
 from tessella.train.foodieqa import drafts_of_sivqa, is_sivqa
 from tessella.train.meta import Part, read_meta
+from tessella.train.pairs import is_pair, split_pair
 from tessella.train.readers import HALF_CHARACTER, VIDEO_FRAMES, Draft, Found, draft_row, read_rows
 from tessella.train.recipe import Recipe
 from tessella.train.tables import Table, is_hub, open_table
@@ -129,6 +130,9 @@ def drafts_of(place: str, row: object, root: Path, reading: Reading) -> list[Dra
     if not isinstance(row, Mapping):
         raise DataError(f"no row: it is a {type(row).__name__}, must be an object")
     row = _renamed(row, reading.columns)
+    if is_pair(row):
+        chosen, rejected = split_pair(row)
+        return [replace(draft, rejected=rejected) for draft in drafts_of(place, chosen, root, replace(reading, columns={}))]
     if reading.format == "foodieqa" or (reading.format == "auto" and is_sivqa(row)):
         return _sound(drafts_of_sivqa(place, row, root, language=reading.asking.language, choices=reading.choices))
     if "class" in row and not {"answer", "conversations", "messages"} & row.keys():

@@ -26,6 +26,7 @@ class Sample:
     jpeg: bool = False  # its pictures are compressed anew at each look
     truths: tuple[Truth, ...] = ()  # behind each routing token of the answers, in order
     request: Asks | None = None  # a scene that is composed when it is learned from: messages and pictures come of it
+    rejected: str = ""  # of a pair: the answer that is liked less; the messages end in the one that is chosen
 
     @property
     def question(self) -> str:

@@ -16,6 +16,13 @@ HEADS = ("lm_head", "output", "embed_tokens", "tok_embeddings")  # no LoRA: a ti
 class WaysFields:
     """Fields of a Recipe; check_ways() is called where the recipe is made."""
 
+    method: Literal["sft", "dpo", "mpo"] = "sft"
+    """What is learned: "sft" the answers; "dpo" to prefer chosen to rejected answers (pairs, docs/finetune.md); "mpo" InternVL's
+    mix of preference, quality and generation."""
+    beta: float = 0.1
+    """dpo and mpo: how strongly a difference from the model before counts as preference."""
+    mpo_weights: tuple[float, float, float] = (0.8, 0.2, 1.0)
+    """mpo: weights of the losses of preference (DPO), quality (BCO) and generation (the chosen answer's cross-entropy)."""
     language: Literal["lora", "frozen", "full"] = "lora"
     """How the language model is taught."""
     tower: Literal["frozen", "lora", "full"] = "frozen"
@@ -100,6 +107,12 @@ class WaysFields:
             raise ConfigError('language is "full", so a whole model is written; teach the projector whole or not at all')
         if self.dora and self.language == "full" and self.tower == "lora":
             raise ConfigError("DoRA on the tower beside a language model that is taught whole is not merged; leave dora out")
+        if self.method != "sft" and (only_decoders or self.projector_warmup_steps):
+            raise ConfigError(f'method is "{self.method}"; decoders and projector_warmup_steps go with "sft" alone')
+        if self.method != "sft" and self.further == "same":
+            raise ConfigError(f'method is "{self.method}", whose reference is the model before: say --further on_top, not "same"')
+        if any(weight < 0 for weight in self.mpo_weights) or not any(self.mpo_weights):
+            raise ConfigError(f"mpo_weights are {list(self.mpo_weights)}, each must be 0 or more, and one above it")
         ways = {"language": self.language, "tower": self.tower}
         whole = [part for part in self.quantise if ways[part] == "full"]
         if whole:
@@ -122,6 +135,7 @@ class WaysFields:
 
 
 WAYS_RANGES = {
+    "beta": Bounds(0, above=True),
     "lora_rank": Bounds(1, 4096),
     "lora_layers": Bounds(1),
     "lora_alpha": Bounds(0, above=True),
