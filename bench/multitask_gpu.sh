@@ -11,7 +11,7 @@ resume=""
 kinds="detect everything ground segment text name name count talk draw edit"
 tessella finetune recipes/multitask.toml --decoders boxes pictures --scene-kinds $kinds \
   --output "$out/run" --time-limit-s "$seconds" --device cuda $resume --json "$out/finetune.json"
-tessella evaluate "$out/run" --scenes 500 --device cuda --html "$out/scenes.html" --json "$out/scores.json"
+tessella evaluate "$out/run" --scenes 500 --scene-kinds detect everything ground segment text name count talk draw edit --device cuda --html "$out/scenes.html" --json "$out/scores.json"
 if [ -n "${SKILLS:-}" ]; then
   tessella evaluate tessella-nano "$out/run" --skills --data "$SKILLS" --limit 1000 --device cuda --json "$out/skills.json"
 fi

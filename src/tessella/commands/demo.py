@@ -21,8 +21,6 @@ class Demo:
     """Only the first so many foods; default: all."""
     epochs: float = EPOCHS
     """Passes over the pictures."""
-    projector_warmup_steps: int = 0
-    """Steps in which the projector alone learns the foods' names first, as `finetune` does it; 120 take some seconds."""
     output: Path = Path("runs/demo")
     """Folder of everything the demo makes; a stopped demo goes on there, a finished one is done anew."""
     fresh: bool = False
@@ -47,7 +45,6 @@ class Demo:
             test_style=self.test_style,
             foods=self.foods,
             epochs=self.epochs,
-            projector_warmup_steps=self.projector_warmup_steps,
             output=self.output,
             fresh=self.fresh,
             seed=self.seed,

@@ -23,6 +23,8 @@ class Evaluate:
     """Score the built-in model's skills; --data is the folder that recipes/nano/make_data.py --stage skills wrote."""
     scenes: int | None = None
     """Score boxes, masks, grounding and routing on so many held-out scenes instead (docs/boxes.md)."""
+    scene_kinds: tuple[str, ...] = ("detect", "everything", "ground", "segment", "text", "name", "count", "talk")
+    """What is asked of them; beside these, draw and edit."""
     scene_style: str = "twemoji"
     """Drawing style of those scenes."""
     scene_objects: int = 5
@@ -98,10 +100,17 @@ class Evaluate:
         if self.scenes is not None and self.scenes < 1:
             raise ConfigError(f"scenes is {self.scenes}, must be at least 1")
         wish = SceneWish(
-            count=min(self.scenes or 0, self.limit or self.scenes or 0), style=self.scene_style, photos=self.scene_photos,
-            most_objects=self.scene_objects, foods=self.scene_foods, seed=self.seed, coco=self.coco, image_root=self.image_root,
+            count=min(self.scenes or 0, self.limit or self.scenes or 0),
+            kinds=self.scene_kinds,
+            style=self.scene_style,
+            photos=self.scene_photos,
+            most_objects=self.scene_objects,
+            foods=self.scene_foods,
+            seed=self.seed,
+            coco=self.coco,
+            image_root=self.image_root,
             max_tokens=max(self.max_tokens, 160),
-        )  # fmt: skip
+        )
         settings = Settings(
             self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items, self.limit_megapixels
         )

@@ -32,6 +32,7 @@ class SceneAnswer:
     asked: Asked
     text: str
     shown: tuple[Shown, ...]
+    read_back: str = ""  # what the model itself calls the picture that it drew
 
     @property
     def routed_right(self) -> bool:
@@ -75,9 +76,10 @@ class SceneScore:
     text_grounded: Share  # boxes in words that do
     named: Share
     counted: Share
+    drawn: Share  # new pictures that the model itself calls by the name that was asked for
 
     def as_json(self) -> dict[str, Any]:
-        shares = ("routing", "grounded", "text_grounded", "named", "counted")
+        shares = ("routing", "grounded", "text_grounded", "named", "counted", "drawn")
         plain = {key: value for key, value in asdict(self).items() if key not in shares}
         return {**plain, **{name: getattr(self, name).as_json() for name in shares}}
 
@@ -91,6 +93,7 @@ class SceneScore:
             ("boxes in words, overlap of half", str(self.text_grounded)),
             ("foods named, all of a scene", str(self.named)),
             ("foods counted", str(self.counted)),
+            ("drawn foods that the model itself names right", str(self.drawn)),
         ]
 
 
@@ -106,6 +109,7 @@ def score_answers(answers: Sequence[SceneAnswer]) -> SceneScore:
         grounded=_share([grounded(one) for one in answers if one.asked.kind == "ground"]),
         text_grounded=_share([text_grounded(one) for one in answers if one.asked.kind == "text"]),
         named=_share([named(one) for one in answers if one.asked.kind == "name"]),
+        drawn=_share([one.asked.truths[0].label == one.read_back for one in answers if one.asked.kind == "draw"]),
         counted=_share([one.text == one.asked.messages[-1].text for one in answers if one.asked.kind == "count"]),
     )
 

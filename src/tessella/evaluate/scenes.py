@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from tessella.chat import Message, place_marks
 from tessella.checkpoint.read import Loaded, load
 from tessella.decode import decode_routed
 from tessella.errors import DataError
@@ -33,8 +34,8 @@ from tessella.marks import boxes_in, draw_boxes
 from tessella.model.routing import Routed
 from tessella.sampling import GREEDY
 from tessella.scenes.coco import CocoRequest, read_coco
-from tessella.scenes.compose import Kit, photos_in
-from tessella.scenes.requests import BOX_KINDS, PLAIN_KINDS, Asks, Request
+from tessella.scenes.compose import SIDE_PX, Kit, photos_in
+from tessella.scenes.requests import ASK, BOX_KINDS, PICTURE_KINDS, PLAIN_KINDS, Asks, Request
 
 FAINT = 0.05  # objects down to this score count for AP50, which looks at the whole curve
 MOST_CARDS = 60
@@ -57,6 +58,10 @@ class SceneWish:
 
     def requests(self) -> list[Asks]:
         """Raises DataError when there is nothing to ask."""
+        known = (*BOX_KINDS, *PLAIN_KINDS, *PICTURE_KINDS)
+        odd = [kind for kind in self.kinds if kind not in known]
+        if odd or not self.kinds:
+            raise DataError(f"scene kinds are {list(self.kinds)}; name some of {', '.join(known)}")
         if self.style not in STYLES:
             raise DataError(f'scene style is "{self.style}"; name one of {", ".join(STYLES)}')
         photos = () if self.photos is None else photos_in(self.photos)
@@ -137,7 +142,23 @@ def _answers(loaded: Loaded, asks: Sequence[Asks], max_tokens: int, batch_items:
             size = None if asked.picture is None else asked.picture.size
             shown = decode_routed(loaded.model, loaded.tokenizer, inputs[row], ids[row], mine, size, sure=FAINT)
             answers.append(SceneAnswer(place, asked, loaded.tokenizer.decode(ids[row]).strip(), tuple(shown)))
-        yield answers
+        yield [read_back(loaded, answer) for answer in answers]
+
+
+def read_back(loaded: Loaded, answer: SceneAnswer) -> SceneAnswer:
+    """The answer with what the model calls the picture that it drew; as it was where it drew none."""
+    drawn = [one.picture for one in answer.shown if one.picture is not None]
+    if answer.asked.kind != "draw" or not drawn:
+        return answer
+    language = "zh" if has_chinese(answer.asked.truths[0].label) else "en"
+    question = Message("user", place_marks(ASK["name"][language][0], 1))
+    prompt = loaded.inputs.build([question], [Picture(drawn[0].resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC))])
+    ids = generate_batch(loaded.model, [prompt], replace(GREEDY, max_tokens=24), loaded.stop_ids)[0]
+    return replace(answer, read_back=loaded.tokenizer.decode(ids).strip())
+
+
+def has_chinese(text: str) -> bool:
+    return any("\u3400" <= letter <= "\u9fff" for letter in text)
 
 
 def _table(rows: Sequence[SceneRow]) -> Table:

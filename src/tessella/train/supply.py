@@ -16,7 +16,7 @@ from tessella.train.streamed import Streamed
 
 def supply(recipe: Recipe, inputs: Inputs) -> RecipeData:
     """What a run learns from. Raises DataError as read_dataset does."""
-    if recipe.scenes or recipe.coco:
+    if recipe.scenes or recipe.coco or recipe.captions:
         return with_scenes(recipe, inputs)
     if not recipe.stream:
         data = read_recipe_data(recipe, inputs)

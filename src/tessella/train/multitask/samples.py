@@ -10,6 +10,7 @@ from pathlib import Path
 from tessella.errors import ConfigError
 from tessella.foods import STYLES
 from tessella.inputs import Inputs, Picture
+from tessella.scenes.captions import read_captions
 from tessella.scenes.coco import CocoRequest, read_coco
 from tessella.scenes.compose import Kit, photos_in
 from tessella.scenes.requests import Asks, Request
@@ -28,6 +29,11 @@ def with_scenes(recipe: Recipe, inputs: Inputs) -> RecipeData:
         own, kept, ledger = coco_of(recipe, path)
         train, held_out = train + own, held_out + kept
         data.ledger.skipped += ledger.skipped
+    for path in recipe.captions:
+        drawn, skipped = read_captions(path, recipe.image_root, recipe.limit_megapixels)
+        Ledger(len(drawn), skipped).check(str(path), recipe.max_bad_share)
+        train += [_taught(one) for one in drawn]
+        data.ledger.skipped += skipped
     data.ledger.used += len(train) + len(held_out)
     return replace(data, train=[*data.train, *train], held_out=[*data.held_out, *held_out])
 

@@ -24,6 +24,8 @@ class RoutingFields:
     """Weight of the loss of boxes and masks beside the language model's."""
     coco: tuple[Path, ...] = ()
     """COCO-style JSON files of your own pictures (boxes, polygons, run lengths); image_root says where the pictures lie."""
+    captions: tuple[Path, ...] = ()
+    """JSON lines with caption and picture (and before, to edit) that teach drawing; image_root says where the pictures lie."""
     pictures_weight: float = 1.0
     """Weight of the loss of pictures beside the language model's."""
     diffusion: Path | None = None
@@ -56,6 +58,8 @@ class RoutingFields:
                 raise ConfigError(f'scene_kinds names {", ".join(drawn)}, which needs decoders = ["pictures"]')
         if self.coco and "boxes" not in self.decoders:
             raise ConfigError('coco files teach boxes and masks, which needs decoders = ["boxes"]')
+        if self.captions and "pictures" not in self.decoders:
+            raise ConfigError('captions teach drawing, which needs decoders = ["pictures"]')
         if self.diffusion is not None and "pictures" not in self.decoders:
             raise ConfigError('diffusion is given, which needs decoders = ["pictures"]')
         boxed = [kind for kind in self.scene_kinds if kind in ("detect", "everything", "ground", "segment")]
