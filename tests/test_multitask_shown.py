@@ -2,6 +2,7 @@
 
 import io
 import json
+import queue
 import shutil
 from pathlib import Path
 
@@ -10,16 +11,19 @@ import torch
 from PIL import Image
 
 from tessella import cli
+from tessella.chat import Message
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import Loaded, load
 from tessella.checkpoint.routing import write_routing
 from tessella.decode import Shown
 from tessella.engine.engine import Engine
-from tessella.errors import CheckpointError, ConfigError
+from tessella.engine.request import Piece, Request
+from tessella.errors import CheckpointError, ConfigError, EngineError
 from tessella.model.decoders.boxes import BoxConfig, BoxDecoder, Found
 from tessella.model.routing import Routing
 from tessella.routes import routes_for
 from tessella.sampling import SamplingParams
+from tessella.server.plain import PlainEngine
 from tessella.showing import Files, show
 from tessella.terminal import Talk, answer_once
 from tiny import tiny_folder
@@ -119,3 +123,47 @@ def test_the_engine_refuses_a_routed_model_by_name(folder: Path) -> None:
     loaded = load(folder, device="cpu", dtype="float32")
     with pytest.raises(ConfigError, match="super-link queries"):
         Engine(loaded.model, loaded.tokenizer)
+
+
+def pieces_of(engine: PlainEngine, loaded: Loaded, text: str = "what is it?", **more: object) -> list[Piece]:
+    """All pieces of one answer."""
+    come: queue.Queue[Piece] = queue.Queue()
+    prompt = loaded.inputs.build([Message("user", text)])
+    params = SamplingParams(max_tokens=12)
+    engine.submit(Request(prompt, params, loaded.stop_ids, **more), come.put)  # type: ignore[arg-type]
+    pieces = [come.get(timeout=200)]
+    while pieces[-1].finish is None:
+        pieces.append(come.get(timeout=200))
+    return pieces
+
+
+def test_a_routed_model_is_served_the_plain_way_and_says_what_it_cannot(folder: Path) -> None:
+    loaded = load(folder, device="cpu", dtype="float32")
+    engine = PlainEngine(loaded, max_waiting=4)
+    engine.start()
+    try:
+        last = pieces_of(engine, loaded)[-1]
+        assert last.finish == "length" and last.usage is not None and last.shown
+        assert last.shown[0]["route"] == "[DET]" and "no picture" in last.shown[0]["trouble"]
+        with pytest.raises(EngineError, match="without adapters"):
+            pieces_of(engine, loaded, adapter="food")
+        assert engine.state().length == 1 and engine.state().alive
+    finally:
+        engine.stop()
+    with pytest.raises(EngineError, match="stopped"):
+        pieces_of(engine, loaded)
+
+
+def test_the_page_takes_boxes_masks_and_pictures_and_leaves_what_is_odd() -> None:
+    pytest.importorskip("gradio")
+    from tessella.ui.boxes import routed_in
+
+    mask = {"size": [2, 2], "counts": [1, 2, 1]}
+    sound = {"label": "apple", "objects": [{"box": [0, 0, 500, 500], "score": 0.9, "mask": mask}]}
+    odd = {
+        "label": "pear",
+        "objects": [{"box": [1, 2], "mask": mask}, {"box": [1, 2, 3, 4], "mask": {"size": [9, 9], "counts": [1]}}],
+    }
+    found = routed_in([sound, odd, {"picture": "data:image/png;base64,AAAA"}, {"picture": "http://elsewhere/x.png"}])
+    assert [box.label for box in found.boxes] == ["apple"] and found.masks[0].tolist() == [[False, True], [True, False]]
+    assert found.pictures == ["data:image/png;base64,AAAA"]
