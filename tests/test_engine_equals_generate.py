@@ -19,13 +19,14 @@ from engine.guests import Guest, ask, join, run
 from tessella.chat import Message
 from tessella.checkpoint.lowrank import Adapter, Pair, merge_adapter
 from tessella.checkpoint.read import Loaded, load
+from tessella.config import ConnectorConfig
 from tessella.engine.core import Core
 from tessella.engine.request import EngineSettings, Request
 from tessella.engine.scheduler import Batch
 from tessella.generate import all_logits, generate
-from tessella.inputs import ModelInput, Picture
+from tessella.inputs import Inputs, ModelInput, Picture
 from tessella.sampling import SamplingParams
-from tiny import family, tiny_folder
+from tiny import family, tiny_config, tiny_folder, tiny_model
 
 GREEDY = SamplingParams(max_tokens=12)
 DRAWN = SamplingParams(max_tokens=20, temperature=1.0, seed=5)
@@ -152,7 +153,7 @@ def test_with_random_arrivals_cancelled_neighbours_and_little_room(walk: list[Vi
         batch = plan()
         if batch is not None:
             assert 0 < sum(end - start for _, start, end in batch.parts) <= (how.max_batch_tokens or 0)
-            assert len(batch.tiles) <= (how.max_batch_tiles or 0) and len(one.scheduler.running) <= (how.max_running or 0)
+            assert batch.tiles <= (how.max_batch_tiles or 0) and len(one.scheduler.running) <= (how.max_running or 0)
             assert len({id(part.row) for part in batch.parts}) == len(batch.parts)
         return batch
 
@@ -243,6 +244,35 @@ def test_logprobs_are_those_of_the_plain_logits() -> None:
         assert one.id == guest.ids[place] and one.logprob == pytest.approx(float(oracle[place, one.id]), abs=1e-4)
         assert [token for token, _ in one.top] == best.indices[place].tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values[place].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_tiles", [2, 8])  # less than one picture has, and more
+def test_pictures_whose_tiles_are_laid_out_together(batch_tiles: int) -> None:
+    """LLaVA-NeXT's rule: a picture has as many slots as its window and its whole view, and is seen and kept as one."""
+    config = tiny_config("LlamaForCausalLM")
+    connector = ConnectorConfig("mlp", newline=True)
+    config = dataclasses.replace(config, tile_rule="anyres", grids=((1, 2), (2, 1), (2, 2)), connector=connector)
+    model = tiny_model(config, 1)
+    build = Inputs(config, loaded("Llama 3.1").tokenizer, system="You are short.").build
+    gradient = Image.linear_gradient("L").convert("RGB")
+    wide, tall, small = (Picture(gradient.resize(size)) for size in ((168, 56), (60, 150), (40, 40)))
+    what = Message("user", "<image>\nWhat is it?")
+    asked = [
+        build([what], [wide]),
+        build([Message("user", "<image><image>Which one?")], [tall, small]),
+        build([Message("user", "hello")]),
+        build([what, Message("assistant", "A line."), Message("user", "Why?")], [wide]),
+    ]
+    assert len({len(one.tiles) for one in asked}) > 2
+    params = dataclasses.replace(DRAWN, max_tokens=8)
+    expected = [list(generate(model, one, params, ())) for one in asked]
+    how = dataclasses.replace(AHEAD, max_batch_tiles=batch_tiles)
+    one = Core(model, loaded("Llama 3.1").tokenizer, how)
+    for again in (False, True):
+        guests = ask(one, [Request(prompt, params, ()) for prompt in asked])
+        assert [guest.ids for guest in guests] == expected
+        assert again == all(guest.usage.cached_tokens > 0 for guest in guests if guest.usage.tiles)
+    assert one.scheduler.counters.tiles == sum(len(prompt.tiles) for prompt in asked[:2]), "a picture was seen twice"
 
 
 # ---- adapters

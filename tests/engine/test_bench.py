@@ -43,3 +43,10 @@ def test_the_work_for_a_gpu_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "| bar | reached |" in printed and "second question about it" in printed
     assert {len(prompt) for prompt in Bench(options).text(3)} == {71}
+
+
+def test_the_hosts_share_of_a_step_is_measured() -> None:
+    from host import Options, measured
+
+    cost = measured(Options(rows=4, steps=3))
+    assert cost.submit > 0 and cost.step > 0

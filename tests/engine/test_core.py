@@ -128,7 +128,9 @@ def test_tiles_are_seen_once_for_all_requests_and_within_the_budget(loaded: Load
     core = Core(loaded.model, loaded.tokenizer, dataclasses.replace(SETTINGS, max_batch_tokens=200))
     seen: list[int] = []
     plain = loaded.model.visual_tokens
-    monkeypatch.setattr(loaded.model, "visual_tokens", lambda tiles: (seen.append(len(tiles)), plain(tiles))[1])
+    monkeypatch.setattr(
+        loaded.model, "visual_tokens", lambda tiles, questions: (seen.append(len(tiles)), plain(tiles, questions))[1]
+    )
     ask(core, [Request(shown(loaded, colour), DRAWN, ()) for colour in ("red", "blue", "red", "green", "white")])
     ask(core, [Request(shown(loaded, "blue"), DRAWN, ())])
     assert sum(seen) == 4 and max(seen) <= 2

@@ -173,10 +173,3 @@ def test_when_the_engine_breaks_down_everybody_is_told(loaded: Loaded, monkeypat
     engine.stop()
     state = engine.state()
     assert not state.alive and state.failed == 3 and "a fault of ours" in str(state.failure)
-
-
-def test_a_model_whose_pictures_are_laid_out_whole_is_refused_with_the_way_out(loaded: Loaded) -> None:
-    """LLaVA-NeXT drops padding and sets row ends over all tiles of a picture at once; tile by tile its slots would be wrong."""
-    loaded.model.config = dataclasses.replace(loaded.model.config, tile_rule="anyres", grids=((1, 2),))
-    with pytest.raises(EngineError, match="tessella chat"):
-        Engine(loaded.model, loaded.tokenizer)

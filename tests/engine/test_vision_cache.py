@@ -2,7 +2,7 @@
 
 import torch
 
-from tessella.engine.vision import TileKey, VisionCache
+from tessella.engine.vision import ViewKey, VisionCache
 
 ONE = torch.zeros(4)  # 16 bytes
 
@@ -10,21 +10,21 @@ ONE = torch.zeros(4)  # 16 bytes
 def test_the_longest_unused_tile_goes_when_the_bytes_are_spent() -> None:
     seen = VisionCache(40)
     for name in "ab":
-        seen.put(TileKey(0, name), ONE)
-    seen.get(TileKey(0, "a"))
-    seen.put(TileKey(0, "c"), ONE)
-    assert [TileKey(0, name) in seen for name in "abc"] == [True, False, True] and seen.bytes == 32
+        seen.put(ViewKey(0, name), ONE)
+    seen.get(ViewKey(0, "a"))
+    seen.put(ViewKey(0, "c"), ONE)
+    assert [ViewKey(0, name) in seen for name in "abc"] == [True, False, True] and seen.bytes == 32
 
 
 def test_a_tile_larger_than_all_the_room_is_not_kept() -> None:
     seen = VisionCache(8)
-    seen.put(TileKey(0, "a"), ONE)
-    assert TileKey(0, "a") not in seen and seen.bytes == 0
+    seen.put(ViewKey(0, "a"), ONE)
+    assert ViewKey(0, "a") not in seen and seen.bytes == 0
 
 
 def test_what_an_adapter_saw_goes_with_it() -> None:
     seen = VisionCache(100)
     for sight in (0, 1):
-        seen.put(TileKey(sight, "a"), ONE)
+        seen.put(ViewKey(sight, "a"), ONE)
     seen.forget(1)
-    assert TileKey(0, "a") in seen and TileKey(1, "a") not in seen and seen.bytes == 16
+    assert ViewKey(0, "a") in seen and ViewKey(1, "a") not in seen and seen.bytes == 16

@@ -18,7 +18,7 @@ from tessella.engine.row import Row
 from tessella.engine.runner import Runner
 from tessella.engine.scheduler import Batch, Scheduler
 from tessella.engine.sizes import fit
-from tessella.engine.vision import VisionCache
+from tessella.engine.vision import VisionCache, views_of
 from tessella.errors import ContextError, EngineError
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.tokenizer import Tokenizer
@@ -28,11 +28,6 @@ class Core:
     """make_row may be called from any thread; everything else from one. Raises ConfigError for settings without room."""
 
     def __init__(self, model: VisionLanguageModel, tokenizer: Tokenizer, settings: EngineSettings):
-        if model.config.tile_rule == "anyres":
-            raise EngineError(
-                f'the engine keeps visual tokens tile by tile, and the tile rule "anyres" of {model.config.family} lays a whole '
-                "picture out at once; ask such a model with tessella chat or evaluate"
-            )
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
@@ -78,7 +73,8 @@ class Core:
                 f"{prompt:,} tokens and {answer:,} more for the answer; at most {self.longest_row:,} together: {way}"
             )
         config = self.model.config
-        slots = len(request.prompt.tiles) * config.slots_per_tile
+        views = views_of(request.prompt, config.slots_per_tile)
+        slots = sum(view.slots for view in views)
         assert prompt and int(request.prompt.slots.sum()) == slots, "slots and tiles differ in number"
         return Row(
             request,
@@ -86,7 +82,7 @@ class Core:
             on_piece,
             None if request.adapter is None else self.adapter(request.adapter),
             block_tokens=self.block_tokens,
-            slots_per_tile=config.slots_per_tile,
+            views=views,
             unstretched_tokens=config.language.unstretched_tokens,
         )
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tessella.engine.request import LowRank
 from tessella.errors import EngineError
+from tessella.geometry import Window
 from tessella.model.vision_language import VisionLanguageModel
 
 LANGUAGE, SEEING = "language_model.", ("vision_model.", "mlp1.")
@@ -121,13 +122,22 @@ class Sight(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tiles: Tensor, questions: Sequence[Sequence[int]]) -> Tensor:
-        return self.model.visual_tokens(tiles, questions)
+    def forward(self, tiles: Tensor, questions: Sequence[Sequence[int]], windows: Sequence[Window]) -> Tensor:
+        return self.model.mlp1.laid_out(self.model.visual_tokens(tiles, questions), windows)
 
-    def through(self, adapter: Adapter | None, tiles: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
-        """tiles (N, 3, S, S) uint8, questions where they are read -> visual tokens (N, slots, D) as this adapter sees them."""
+    def through(
+        self,
+        adapter: Adapter | None,
+        tiles: Tensor,
+        questions: Sequence[Sequence[int]] = (),
+        windows: Sequence[Window] = (),
+    ) -> Tensor:
+        """tiles (N, 3, S, S) uint8 -> visual tokens (S, D) in the order of their slots, as this adapter sees them.
+
+        questions where they are read; windows where the tiles of a picture are laid out together.
+        """
         if adapter is None or not adapter.sees:
-            return self(tiles, questions)
+            return self(tiles, questions, windows)
         theirs = {f"model.{name}": tensor for name, tensor in adapter.seeing.items()}
-        seen: Tensor = torch.func.functional_call(self, theirs, (tiles, questions))
+        seen: Tensor = torch.func.functional_call(self, theirs, (tiles, questions, windows))
         return seen

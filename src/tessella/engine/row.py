@@ -3,13 +3,14 @@
 In: Request.  Out: what the scheduler plans with and the runner runs.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from tessella.engine.answer import Answer
 from tessella.engine.blocks import next_key
 from tessella.engine.lora import Adapter
 from tessella.engine.request import OnPiece, Request
-from tessella.engine.vision import TileKey
+from tessella.engine.vision import View, ViewKey
 
 
 class Row:
@@ -26,7 +27,7 @@ class Row:
         adapter: Adapter | None,
         *,
         block_tokens: int,
-        slots_per_tile: int,
+        views: Sequence[View],
         unstretched_tokens: int,
     ):
         self.request = request
@@ -47,7 +48,7 @@ class Row:
         self.runs = False  # is among the scheduler's running rows
         self.was_admitted = False
         self._block_tokens = block_tokens
-        self._slots_per_tile = slots_per_tile
+        self.views = views
         self._keys: list[bytes] = []
         self.key(len(self.tokens) // block_tokens - 1)  # made here, in the thread of whoever submits
 
@@ -85,32 +86,35 @@ class Row:
 
     @cached_property
     def slot_places(self) -> list[int]:
-        """Where the slots stand in the prompt, all tiles in order."""
+        """Where the slots stand in the prompt, all views in order."""
         places: list[int] = self.request.prompt.slots.nonzero()[:, 0].tolist()
         return places
 
     @cached_property
-    def tile_ranges(self) -> list[tuple[int, int]]:
-        """First slot and end of the last slot of each tile."""
-        n, places = self._slots_per_tile, self.slot_places
-        return [(places[i], places[i + n - 1] + 1) for i in range(0, len(places), n)]
+    def view_ranges(self) -> list[tuple[int, int]]:
+        """First slot and end of the last slot of each view."""
+        ranges, at = [], 0
+        for view in self.views:
+            ranges.append((self.slot_places[at], self.slot_places[at + view.slots - 1] + 1))
+            at += view.slots
+        return ranges
 
-    def tiles_in(self, start: int, end: int) -> list[int]:
-        """Tiles with a slot in tokens start <= i < end."""
-        return [tile for tile, (first, last) in enumerate(self.tile_ranges) if first < end and last > start]
+    def views_in(self, start: int, end: int) -> list[int]:
+        """Views with a slot in tokens start <= i < end."""
+        return [view for view, (first, last) in enumerate(self.view_ranges) if first < end and last > start]
 
-    def tile_key(self, tile: int) -> TileKey:
-        return TileKey(self.sight, self.request.prompt.digests[tile])
+    def view_key(self, view: int) -> ViewKey:
+        return ViewKey(self.sight, self.views[view].digest)
 
     def key(self, block: int) -> bytes:
         """The key of a full block; b"" for block -1, which all rows of one adapter and one RoPE share."""
-        size, digests = self._block_tokens, self.request.prompt.digests
+        size = self._block_tokens
         while len(self._keys) <= block:
             start = len(self._keys) * size
             ids = self.tokens[start : start + size]
             assert len(ids) == size, "only full blocks have keys"
             before = self._keys[-1] if self._keys else self._root()
-            self._keys.append(next_key(before, ids, [digests[tile] for tile in self.tiles_in(start, start + size)]))
+            self._keys.append(next_key(before, ids, [self.views[view].digest for view in self.views_in(start, start + size)]))
         return self._keys[block] if block >= 0 else b""
 
     def _root(self) -> bytes:

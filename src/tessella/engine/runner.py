@@ -1,4 +1,4 @@
-"""A step's work becomes logits: tiles are seen, tokens are embedded, the decoder is run over the blocks.
+"""A step's work becomes logits: views are seen, tokens are embedded, the decoder is run over the blocks.
 
 In: Batch.  Out: Outcome, the logits (R, V) of the rows that draw and their likeliest ids.
 T new tokens of all rows back to back, D width, V vocabulary.
@@ -16,7 +16,7 @@ from tessella.engine.paged import BlockStore, Paged
 from tessella.engine.request import EngineSettings
 from tessella.engine.row import Row
 from tessella.engine.scheduler import Batch, Part
-from tessella.engine.vision import TileKey, VisionCache
+from tessella.engine.vision import ViewKey, VisionCache
 from tessella.model.layers import rope_frequencies, rotary_at
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.transfer import sent, sent_together
@@ -97,25 +97,26 @@ class Runner:
         drawn.copy_(likeliest(logits))
         return Outcome(logits, drawn)
 
-    def _visual_tokens(self, batch: Batch) -> dict[TileKey, Tensor]:
-        """The visual tokens of every tile that this step has slots of; new ones are seen now, all of one sight together."""
-        needed = {row.tile_key(tile) for row, start, end in batch.parts for tile in row.tiles_in(start, end)}
+    def _visual_tokens(self, batch: Batch) -> dict[ViewKey, Tensor]:
+        """The visual tokens of every view that this step has slots of; new ones are seen now, all of one sight together."""
+        needed = {row.view_key(view) for row, start, end in batch.parts for view in row.views_in(start, end)}
         visual = {key: self.seen.get(key) for key in needed if key in self.seen}
-        by_sight: dict[int, list[TileKey]] = {}
-        for key in batch.tiles:
+        by_sight: dict[int, list[ViewKey]] = {}
+        for key in batch.views:
             by_sight.setdefault(key.sight, []).append(key)
         for keys in by_sight.values():
-            places = [batch.tiles[key] for key in keys]
-            tiles = sent_together([row.request.prompt.tiles[tile] for row, tile in places], self.model.device)
-            prompts = [(row.request.prompt, tile) for row, tile in places]
+            places = [(row, row.views[view]) for row, view in (batch.views[key] for key in keys)]
+            prompts = [(row.request.prompt, view.first + i) for row, view in places for i in range(view.tiles)]
+            tiles = sent_together([prompt.tiles[tile] for prompt, tile in prompts], self.model.device)
             questions = [prompt.questions[tile] for prompt, tile in prompts if prompt.questions]
-            tokens = self.sight.through(places[0][0].adapter, tiles, questions)
-            for key, one in zip(keys, tokens.unbind(), strict=True):
+            windows = [view.window for _, view in places if view.window is not None]
+            tokens = self.sight.through(places[0][0].adapter, tiles, questions, windows)
+            for key, one in zip(keys, tokens.split([view.slots for _, view in places]), strict=True):
                 visual[key] = one
                 self.seen.put(key, one.clone())  # a view would keep the whole batch
         return visual
 
-    def _embed(self, parts: Sequence[Part], visual: dict[TileKey, Tensor]) -> Tensor:
+    def _embed(self, parts: Sequence[Part], visual: dict[ViewKey, Tensor]) -> Tensor:
         """(T, D), pictures in their slots."""
         device, told = self.model.device, []
         behind: list[tuple[int, int]] = []  # where ids go that the step before has drawn, and their places there
@@ -131,10 +132,10 @@ class Runner:
         embeddings = self.model.language_model.embed(ids)
         at = 0
         for row, start, end in parts:
-            for tile in row.tiles_in(start, end):
-                first, last = row.tile_ranges[tile]
+            for view in row.views_in(start, end):
+                first, last = row.view_ranges[view]
                 begin, stop = max(first, start), min(last, end)
-                tokens = visual[row.tile_key(tile)][begin - first : stop - first]
+                tokens = visual[row.view_key(view)][begin - first : stop - first]
                 embeddings[at + begin - start : at + stop - start] = tokens.to(embeddings.dtype)
             at += end - start
         return embeddings

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tessella.engine.blocks import BlockBook
 from tessella.engine.row import Row
-from tessella.engine.vision import TileKey, VisionCache
+from tessella.engine.vision import ViewKey, VisionCache
 
 
 class Part(NamedTuple):
@@ -33,7 +33,12 @@ class Batch:
     """The work of one step. Parts of one token that draw stand in front."""
 
     parts: list[Part] = field(default_factory=list)
-    tiles: dict[TileKey, tuple[Row, int]] = field(default_factory=dict)  # to be seen: a row that has it, and its number there
+    views: dict[ViewKey, tuple[Row, int]] = field(default_factory=dict)  # to be seen: a row that has it, and its number there
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the views that are to be seen."""
+        return sum(row.views[view].tiles for row, view in self.views.values())
 
     @property
     def drawing(self) -> list[Row]:
@@ -118,7 +123,7 @@ class Scheduler:
             self.counters.computed_tokens += end - row.computed
             row.computed = end
             self._publish(row)
-        self.counters.tiles += len(batch.tiles)
+        self.counters.tiles += batch.tiles
 
     def _publish(self, row: Row) -> None:
         """Blocks whose tokens are computed and known can be found from now on."""
@@ -167,15 +172,18 @@ class Scheduler:
         return end - part.start
 
     def _seen_until(self, batch: Batch, row: Row, end: int) -> int:
-        """How far the row can be run: to end, or to the first tile that this step cannot see any more."""
-        for tile in row.tiles_in(row.computed, end):
-            key = row.tile_key(tile)
-            if key in batch.tiles or key in self._seen:
-                self.counters.tiles_cached += row.computed <= row.tile_ranges[tile][0]
-            elif len(batch.tiles) < self._max_tiles:
-                batch.tiles[key] = (row, tile)
+        """How far the row can be run: to end, or to the first view that this step cannot see any more.
+
+        A view of more tiles than a step may see is seen by itself.
+        """
+        for view in row.views_in(row.computed, end):
+            key, first, tiles = row.view_key(view), row.view_ranges[view][0], row.views[view].tiles
+            if key in batch.views or key in self._seen:
+                self.counters.tiles_cached += tiles * (row.computed <= first)
+            elif not batch.views or batch.tiles + tiles <= self._max_tiles:
+                batch.views[key] = (row, view)
             else:
-                return max(row.computed, row.tile_ranges[tile][0])
+                return max(row.computed, first)
         return end
 
     def _admit(self, coming: Coming) -> Row | None:
