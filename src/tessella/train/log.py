@@ -92,6 +92,7 @@ class Log:
         self._write("step", step, values)
         told = f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s  {values['memory_gib']:.1f} GiB"
         told += f"  {values['mfu']:.0%} of peak" if "mfu" in values else ""
+        told += f"  {values['reward_accuracy']:.0%} of pairs right" if "reward_accuracy" in values else ""
         self.bar.update(self.task, completed=step, told=told)
         if not self.live:
             self.console.print(f"step {step}/{self.total_steps}  {told}  {clock(seconds_left)} left", soft_wrap=True)
