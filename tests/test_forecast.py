@@ -1,6 +1,9 @@
 """A forecast: the fit of measured passes, the plan behind it, and what it says when a run will not fit."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,3 +83,18 @@ def test_what_cannot_be_measured_says_why(recipe: Recipe, monkeypatch: pytest.Mo
         monkeypatch.setattr("tessella.train.forecast.subprocess.run", lambda *_, code=code, **__: Ended(code))
         with pytest.raises(kind, match=words):
             measured(recipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", [1, 7, 13])
+@pytest.mark.parametrize("way", ["lora", "qlora", "full"])
+def test_on_a_gpu_memory_is_foretold_within_5_and_time_within_10_percent(way: str, tiles: int) -> None:
+    """Needs the weights of InternVL2-2B in the folder that TESSELLA_2B names; bench/forecast.py prints the same figures."""
+    model = os.environ.get("TESSELLA_2B")
+    if not model:
+        pytest.skip("TESSELLA_2B names no folder with the weights of InternVL2-2B")
+    script = Path(__file__).parents[1] / "bench/forecast.py"
+    words = [sys.executable, str(script), way, "--model", model, "--tiles", str(tiles)]
+    told = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert abs(told["memory_off"]) <= 0.05
+    assert abs(told["time_off"]) <= 0.10

@@ -114,7 +114,7 @@ class Packing:
     def told(self) -> str:
         return (
             f"packing {self.packing}: {self.passes:,} passes of at most {self.tokens_per_pass:,} tokens in {self.steps:,} steps "
-            f"an epoch, {self.fill:.0%} full, nothing padded (padded to the longest row it were {self.padding_saved:.0%} padding)"
+            f"an epoch, {self.fill:.0%} full, nothing padded (as long as a step's longest row: {self.padding_saved:.0%} padding)"
         )
 
 
