@@ -409,6 +409,15 @@ def test_a_page_on_this_machine_answers_to_its_own_names_only_and_loads_from_now
         assert status_of(address + path)[0] == 403
 
 
+def test_the_page_has_its_words_before_any_script_has_asked_for_them(door: Callable[..., str]) -> None:
+    with build_opener(ProxyHandler({})).open(f"{door()}/config", timeout=10) as answer:
+        config = json.loads(answer.read())
+    said = {str(part["props"].get(name)) for part in config["components"] for name in ("label", "value", "placeholder", "info")}
+    for key in ("model", "compare", "temperature", "new", "export_json", "placeholder", "tiles_info"):
+        assert words.say("en", key) in said, key
+    assert not said & {"Run", "Dropdown", "Slider", "Textbox", "Checkbox", "Number"}
+
+
 def test_a_password_guards_page_and_pictures(door: Callable[..., str], tmp_path: Path) -> None:
     address = door(password="open sesame")
     Image.new("RGB", (9, 9)).save(tmp_path / "shown.png")

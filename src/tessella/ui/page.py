@@ -127,6 +127,7 @@ def build(servers: tuple[Server, ...], rows: Sequence[Row], folder: Path, compar
     """
     with gr.Blocks(title="Tessella", analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
         parts = _lay_out(folder, compare is not None)
+        _name(parts.words("en"))
         _wire(blocks, parts, Deeds(servers, rows, folder, parts.words, compare or ()))
     return blocks
 
@@ -172,6 +173,13 @@ def _lay_out(folder: Path, two: bool) -> Parts:
         )
         camera = gr.HTML(camera_html(language), js_on_load=_script("camera"), apply_default_css=False, elem_id="camera")
     return Parts(**state, **side, **head, transcript=transcript, quick=quick, box=box, camera=camera)
+
+
+def _name(words: dict[gr.components.Component, dict[str, Any]]) -> None:
+    """Before the page has told which language it wants: else it would say Dropdown, Slider and Run until the first answer."""
+    for part, said in words.items():
+        for name, text in said.items():
+            setattr(part, name, text)  # what Gradio's own constructors set; the page's config is read from there
 
 
 def _script(name: str) -> str:
