@@ -15,6 +15,7 @@ from tessella.checkpoint.fingerprint import FILE
 from tessella.checkpoint.read import base_fingerprint, load, load_model
 from tessella.checkpoint.source import Origin
 from tessella.errors import CheckpointError
+from tessella.serving import load_adapter
 
 INTERNLM2 = "InternLM2ForCausalLM"
 
@@ -36,6 +37,8 @@ def test_other_weights_of_the_same_shapes_are_refused_everywhere(base: Path, ada
         convert(adapter, tmp_path / "out", origin=Origin(str(other)))
     with pytest.raises(CheckpointError, match="are not those"):
         load(other, adapter=adapter, device="cpu")
+    with pytest.raises(CheckpointError, match="are not those"):
+        load_adapter(None, load(other, device="cpu"), "food", adapter)  # type: ignore[arg-type]  # it never comes to an engine
     merged = convert(adapter, tmp_path / "merged", Wish(proof="tensors")).folder
     with pytest.raises(CheckpointError, match="merged into it already"):
         convert(adapter, tmp_path / "out", origin=Origin(str(merged)))

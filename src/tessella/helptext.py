@@ -48,6 +48,7 @@ examples:
   tessella convert runs/food ./food-hf --to adapter --names native    the adapter alone, for PEFT on transformers' class
   tessella convert iter_640.pth ./merged --base ./InternVL2-2B --xtuner-config internvl_v2_2b_lora.py
   tessella convert ./lora-checkpoint ./split --to adapter             adapter in ./split, its base in ./split/base
+  tessella convert runs/food ./food-gguf --to gguf                    model.gguf and mmproj.gguf for llama.cpp
 
 OUT is reloaded and compared with IN: tensors bit by bit, or with the merge done again in float64; prompts and ids; logits
 where a merge rounds and the model is at most 16 GiB in float32. A difference is an error, and OUT is not kept.
@@ -60,6 +61,7 @@ examples:
   tessella verify ./InternVL2-2B ./InternVL2-2B-hf                    two layouts of one model
   tessella verify runs/food ./InternVL2-2B-food                       an adapter and what it was merged into
   tessella verify tessella-nano ./nano-hf --engines transformers      and do others answer alike?
+  tessella verify ./food ./food --engines vllm --engine-python vllm=/envs/vllm/bin/python
 
 A and B are whatever convert takes, hub names too. Exit code 0: the same; 1: they differ; 2: one cannot be read."""
 

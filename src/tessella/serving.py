@@ -258,13 +258,17 @@ def parse_adapter(text: str) -> tuple[str, Path]:
 def load_adapter(engine: "Engine | PlainEngine", loaded: "Loaded", name: str, folder: Path) -> None:
     """Read an adapter, fit it to the model, and hand it to the engine. Raises CheckpointError, EngineError."""
     from tessella.checkpoint.adapters import learned_in, read_adapter  # torch
+    from tessella.checkpoint.fingerprint import require_base  # torch
     from tessella.checkpoint.lowrank import fit  # torch
+    from tessella.checkpoint.read import stored_parameters  # torch
 
     there = learned_in(folder)
     if not there.is_dir():
         raise CheckpointError(f"{folder} is no folder; give the one that finetune wrote")
     shapes = {parameter: tuple(weight.shape) for parameter, weight in loaded.model.named_parameters()}
-    adapter = fit(read_adapter(there), shapes, loaded.config.language)
+    found = read_adapter(there)
+    adapter = fit(found, shapes, loaded.config.language)
+    require_base(there, found.base, str(loaded.folder), *stored_parameters(loaded.folder))
     if adapter.has_dora:
         raise CheckpointError(
             f"{folder} is DoRA, which changes every row of a weight and cannot run beside other adapters; "

@@ -41,6 +41,8 @@ class PromptProof:
     def __str__(self) -> str:
         if self.differing:
             return "; ".join(self.differing[:3])
+        if not self.prompts:  # of a GGUF file
+            return f"{self.tokens} tokens of the vocabulary, a template of {self.characters} characters"
         return f"{self.prompts} prompts, {self.characters} characters, {self.tokens} tokens"
 
 
