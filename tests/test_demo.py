@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_story_with_a_tiny_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, result = tmp_path / "demo", tmp_path / "demo.json"
     words = ["demo", "--model", str(folder), "--foods", "4", "--epochs", "2", "--device", "cpu", "--no-open"]
+    words += ["--projector-warmup-steps", "3"]
     assert cli.main([*words, "--output", str(output), "--json", str(result)]) == 0
     found = json.loads(result.read_text(encoding="utf-8"))
     assert found["questions"] == 8 and found["foods"] == 4

@@ -20,7 +20,7 @@ from rich.console import Console
 from tessella.chat import IMAGE_MARK, Message, place_marks
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import load
-from tessella.commands.demo import EPOCHS
+from tessella.commands.demo import EPOCHS, WARMUP_STEPS
 from tessella.errors import ConfigError, DataError
 from tessella.evaluate.metrics import Interval, wilson
 from tessella.evaluate.report import percent, write_html
@@ -45,14 +45,16 @@ ANSWER_TOKENS = 24  # 墨西哥玉米煎饼, the longest name, is 19 tokens of S
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo is to do. The defaults took 757 s on two busy CPU cores without AMX; teaching is 172,000 tokens."""
+    """What the demo is to do. By default it teaches 130,000 tokens, which is most of its time; results/demo.md says how long."""
 
     model: str = "tessella-nano"
     styles: tuple[str, ...] = ()  # to learn from; (): all but test_style
     test_style: str = STYLES[-1]
     foods: int | None = None  # the first so many; None: all
     epochs: float = EPOCHS
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
+    projector_learning_rate: float = 3e-3
+    projector_warmup_steps: int = WARMUP_STEPS
     output: Path = Path("runs/demo")
     fresh: bool = False
     seed: int = 0
@@ -95,6 +97,8 @@ class Plan:
             held_out_data=(self.output / "watched.jsonl",),
             epochs=self.epochs,
             learning_rate=self.learning_rate,
+            projector_learning_rate=self.projector_learning_rate,
+            projector_warmup_steps=self.projector_warmup_steps,
             lora_rank=32,
             lora_alpha=64.0,
             lora_dropout=0.0,

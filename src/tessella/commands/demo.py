@@ -6,7 +6,7 @@ from pathlib import Path
 from tessella.commands.place import Here, Place, Result
 from tessella.foods import STYLES
 
-EPOCHS = 4.0  # stands here, for --help may not import what demo.py does
+EPOCHS, WARMUP_STEPS = 3.0, 120  # stand here, for --help may not import what demo.py does
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Demo:
     """Only the first so many foods; default: all."""
     epochs: float = EPOCHS
     """Passes over the pictures."""
+    projector_warmup_steps: int = WARMUP_STEPS
+    """Steps in which the projector alone learns the foods' names first, as `finetune` does it; 0: none."""
     output: Path = Path("runs/demo")
     """Folder of everything the demo makes; a stopped demo goes on there, a finished one is done anew."""
     fresh: bool = False
@@ -45,6 +47,7 @@ class Demo:
             test_style=self.test_style,
             foods=self.foods,
             epochs=self.epochs,
+            projector_warmup_steps=self.projector_warmup_steps,
             output=self.output,
             fresh=self.fresh,
             seed=self.seed,
