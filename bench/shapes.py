@@ -4,8 +4,9 @@
 
 Prints a table beside the bars of one H200. To find what is slow or wrong, switch parts off one by one: --run-ahead False,
 --own-products False, --cuda-graphs False, --kernels False. --profile adds the kernels of decode steps, of one row and of many,
-and of a prompt with a picture. The weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say
-nothing, speeds do. Pictures are cut into tiles before the clock starts, but for the row that says "from the pixels".
+and of a prompt with a picture. --peers vllm=http://127.0.0.1:8000 asks a server that was started beforehand the same. The
+weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say nothing, speeds do. Pictures are
+cut into tiles before the clock starts, but for the row that says "from the pixels".
 """
 
 import gc
@@ -49,6 +50,7 @@ class Options:
     kernels: bool = True
     own_products: bool = True
     profile: bool = False  # which kernels take how long
+    peers: tuple[str, ...] = ()  # NAME=URL of OpenAI servers, asked the same over HTTP afterwards
     text_requests: int = 512
     one_tile_requests: int = 256
     seven_tile_requests: int = 128
@@ -209,10 +211,38 @@ class Bench:
         return rows + self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven, 30.0)
 
 
+def peer_rows(name: str, url: str, options: Options) -> list[Row]:
+    """The same work over HTTP: the picture's cutting and the server itself are on that clock."""
+    from peer_http import measured  # here: it needs httpx2, which a machine that measures ours alone may lack
+
+    many = options.text_requests, options.one_tile_requests, options.seven_tile_requests
+    asked = [f"{number} {QUESTIONS[number % len(QUESTIONS)]}" for number in range(max(*many, 1))]
+    measured(url, asked[:1], ONE_TILE, 4)  # whatever is made at the first request
+    alone, tokens = measured(url, asked[:1], None, options.answer_tokens), options.answer_tokens
+    first = statistics.median(measured(url, asked[:1], THIRTEEN_TILES, 1).first_ms for _ in range(options.rounds))
+    rows = [
+        Row(f"{name}: one stream, text", alone.stream_tokens_per_second, "tokens/s"),
+        Row(f"{name}: first token, 13 tiles, from the same picture", first, "ms"),
+    ]
+    kinds = (
+        (many[0], "text requests", None),
+        (many[1], "requests, 1 tile", ONE_TILE),
+        (many[2], "requests, 7 tiles", SEVEN_TILES),
+    )
+    for count, what, size in kinds:
+        rows.append(Row(f"{name}: {count} {what}", measured(url, asked[:count], size, tokens).requests_per_second, "requests/s"))
+    return rows
+
+
 def main(options: Options) -> None:
+    peers = [peer.partition("=") for peer in options.peers]
+    if wrong := [name for name, _, url in peers if not url.startswith("http")]:
+        raise SystemExit(f"--peers {wrong[0]}: say NAME=URL, for instance vllm=http://127.0.0.1:8000")
     where = provenance()
     bench = Bench(options)
     rows = bench.all()
+    for name, _, url in peers:
+        rows += peer_rows(name, url, options)
     kind = str(bench.model.dtype).removeprefix("torch.")
     print(
         f"{where.command}\ncommit {where.commit}, {where.date}, {where.hardware}, {kind}, {options.answer_tokens} tokens each\n"
