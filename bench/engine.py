@@ -20,9 +20,9 @@ from work import Run, ask, picture_questions, questions
 
 from tessella.checkpoint.read import Loaded, load
 from tessella.engine.engine import Engine
-from tessella.evaluate.provenance import provenance
 from tessella.image import Size
 from tessella.inputs import ModelInput
+from tessella.provenance import provenance
 from tessella.sampling import SamplingParams
 
 

@@ -28,10 +28,10 @@ from tessella.chat import Message
 from tessella.config import LanguageConfig, ModelConfig, VisionConfig
 from tessella.engine.engine import Engine
 from tessella.engine.request import EngineSettings
-from tessella.evaluate.provenance import provenance
 from tessella.image import Size
 from tessella.inputs import Inputs, ModelInput
 from tessella.model.vision_language import VisionLanguageModel
+from tessella.provenance import provenance
 from tessella.sampling import SamplingParams
 from tessella.tokenizer import Tokenizer
 

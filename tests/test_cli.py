@@ -15,7 +15,7 @@ from tessella.errors import DataError
 from tessella.image import LIMIT_MEGAPIXELS
 from tessella.train.recipe import Recipe
 
-COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "serve", "inspect", "ui")
+COMMANDS = ("demo", "chat", "finetune", "convert", "verify", "evaluate", "serve", "inspect", "runs", "ui")
 
 
 def tessella(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -56,7 +56,7 @@ def test_help_of_a_command_teaches_by_example(name: str) -> None:
     text = tessella(name, "--help").stdout
     assert f"tessella {name}" in text.partition("examples:")[2]
     assert "--json" in text
-    assert name == "ui" or ("--device" in text and "--dtype" in text)  # the web chat runs no model
+    assert name in ("ui", "runs") or ("--device" in text and "--dtype" in text)  # these run no model
 
 
 # ---- flags
@@ -127,6 +127,10 @@ def test_teaching_without_the_train_extra_tells_how_to_get_it() -> None:
         (["finetune", "--data", "a.jsonl", "pyproject.toml"], "unknown key"),
         (["evaluate", "./nowhere", "--recipe", "r.toml", "--data", "a.jsonl", "--seed", "1"], "leave --data and --seed out"),
         (["evaluate", "./nowhere", "--data", "a.jsonl", "--limit", "-1"], "limit is -1"),
+        (["runs", "./nowhere"], "no such folder"),
+        (["runs", "src"], "holds no run"),
+        (["runs", "a", "b", "c"], "two are compared"),
+        (["runs", "src", "tests"], "src holds no run"),
     ],
 )
 def test_a_mistake_is_one_clear_message_and_exit_2(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:

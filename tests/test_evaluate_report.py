@@ -14,11 +14,11 @@ from tessella.chat import Message
 from tessella.errors import DataError, WriteError
 from tessella.evaluate.curve import loss_curve, read_losses
 from tessella.evaluate.metrics import mcnemar
-from tessella.evaluate.provenance import Provenance, provenance
 from tessella.evaluate.report import as_html, as_json, cards, confusions, thumbnail, write_html
 from tessella.evaluate.run import Judged, Row, Score
 from tessella.evaluate.task import Item, Task
 from tessella.inputs import Picture
+from tessella.provenance import Provenance, provenance
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 NASTY = "<script>alert('1')</script> & \"quoted\" \x00\x1b[31m \ud800 图"

@@ -11,6 +11,8 @@ from tessella.errors import TrainingError, WriteError
 from tessella.evaluate.answers import Answer, AnswerFile
 from tessella.files import write_whole
 from tessella.train.log import Log
+from tessella.train.recipe import Recipe
+from tessella.train.trackers import open_trackers
 
 KIB = 1024
 
@@ -59,7 +61,11 @@ def test_answers_that_were_kept_outlive_a_full_disk(tmp_path: Path) -> None:
 
 
 def open_log(output: Path, first_step: int, tensorboard: bool = False) -> Log:
-    return Log(output, total_steps=9, first_step=first_step, tensorboard=tensorboard, device=torch.device("cpu"))
+    recipe = Recipe(output=output, tensorboard=tensorboard)
+    return Log(
+        output, total_steps=9, first_step=first_step, device=torch.device("cpu"),
+        trackers=lambda step: open_trackers(recipe, step),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])

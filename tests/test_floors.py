@@ -26,6 +26,7 @@ FLOORS = {
     "sampling": 1,
     "stops": 1,
     "foods": 1,
+    "provenance": 1,
     "model": 2,
     "inputs": 2,
     "scenes": 2,
@@ -52,6 +53,8 @@ JOINED_TO_CLI = (
     "helptext",
     "serving",
     "webchat",
+    "exam",
+    "runs",
     "companion",
     "demo_chat",
 )

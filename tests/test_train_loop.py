@@ -3,58 +3,34 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
 
-from tessella.chat import Message
+from colours import colour_samples, interrupt_at, recipe_of
 from tessella.checkpoint import folder as folders
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import find_model, load
 from tessella.errors import ConfigError, DataError, MemoryError_, TrainingError
 from tessella.inputs import Picture
-from tessella.train import loop, state
+from tessella.train import state
 from tessella.train.batch import Pack
-from tessella.train.dataset import Sample
+from tessella.train.held_out import HeldOut
+from tessella.train.limits import Stop
 from tessella.train.log import Event
 from tessella.train.loop import TrainResult, train
 from tessella.train.passes import Passes
-from tessella.train.recipe import Recipe
 from tiny import tiny_folder
-
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200), "white": (240, 240, 240)}
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("base") / "tiny", "LlamaForCausalLM")
-
-
-def colour_samples(count: int = 12) -> list[Sample]:
-    """Pictures of one colour, told apart by a spot; the answer names the colour."""
-    out = []
-    for i in range(count):
-        name = list(COLOURS)[i % 4]
-        picture = Image.new("RGB", (56, 56), COLOURS[name])
-        picture.putpixel((i % 56, i // 56), (0, 0, 0))
-        messages = (Message("user", "<image>\nname the photo"), Message("assistant", name))
-        out.append(Sample(f"made:{i}", messages, (Picture(picture),), f"key{i}"))
-    return out
-
-
-def recipe_of(folder: Path, output: Path, **changes: object) -> Recipe:
-    base = Recipe(
-        model=str(folder), device="cpu", dtype="float32", samples_per_step=4, epochs=2.0, output=output, tensorboard=False,
-        report_every=1, evaluate_every=0, sample_answers=0, learning_rate=5e-3, lora_rank=4, lora_dropout=0.0, max_bad_share=0.1,
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 def learned(result: TrainResult) -> dict[str, torch.Tensor]:
@@ -93,32 +69,22 @@ def test_six_steps_equal_three_and_three_resumed_bit_for_bit(folder: Path, tmp_p
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def interrupt_at(step: int) -> Callable[[Event], None]:
-    """Ctrl-C as soon as that step is reported."""
-
-    def on_event(event: Event) -> None:
-        if event.kind == "step" and event.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return on_event
-
-
 def test_ctrl_c_between_two_passes_drops_the_half_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    plain = Passes.loss
+    plain = Passes.token_losses
 
-    def loss(self: Passes, pack: Pack) -> torch.Tensor:
+    def loss(self: Passes, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
         calls.append(pack)
         if len(calls) == 4:  # the second pass of the second step
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, pack)
+        return plain(self, hidden, pack)
 
     samples = colour_samples()
-    monkeypatch.setattr(Passes, "loss", loss)
+    monkeypatch.setattr(Passes, "token_losses", loss)
     recipe = recipe_of(folder, tmp_path / "a", samples_per_step=6, tokens_per_pass=64)
     part = train(recipe, samples=samples)
     assert part.steps == 1 and not part.finished
-    monkeypatch.setattr(Passes, "loss", plain)
+    monkeypatch.setattr(Passes, "token_losses", plain)
     rest = train(replace(recipe, resume=True), samples=samples)
     whole = train(replace(recipe, output=tmp_path / "b"), samples=samples)
     assert all(torch.equal(learned(rest)[name], value) for name, value in learned(whole).items())
@@ -211,14 +177,14 @@ def test_a_full_disk_leaves_older_checkpoints_and_nothing_half_written(
 
 
 def test_a_loss_that_is_not_finite_names_step_and_samples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Passes.loss
+    plain = Passes.token_losses
     calls = []
 
-    def loss(self: Passes, pack: Pack) -> torch.Tensor:
+    def loss(self: Passes, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
         calls.append(pack)
-        return plain(self, pack) * (float("nan") if len(calls) == 3 else 1.0)
+        return plain(self, hidden, pack) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(Passes, "loss", loss)
+    monkeypatch.setattr(Passes, "token_losses", loss)
     with pytest.raises(TrainingError, match=r"loss is not finite at step 3 of 6.*made:\d+.*Lower learning_rate \(now 0\.005\)"):
         train(recipe_of(folder, tmp_path, report_every=100, save_every=1), samples=colour_samples())
     assert (tmp_path / "checkpoints/step-000002").is_dir()
@@ -226,19 +192,19 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(folder: Path, tmp_path
 
 
 def test_no_memory_is_told_with_estimate_and_way_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(self: Passes, pack: Pack) -> torch.Tensor:
+    def loss(self: Passes, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
         return torch.empty(1 << 56)
 
-    monkeypatch.setattr(Passes, "loss", loss)
+    monkeypatch.setattr(Passes, "token_losses", loss)
     with pytest.raises(MemoryError_, match=r"needs about \d.* GiB.*Lower tokens_per_pass \(now 8,192"):
         train(recipe_of(folder, tmp_path), samples=colour_samples())
 
 
 def test_other_runtime_errors_are_not_called_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(self: Passes, pack: Pack) -> torch.Tensor:
+    def loss(self: Passes, hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(Passes, "loss", loss)
+    monkeypatch.setattr(Passes, "token_losses", loss)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(recipe_of(folder, tmp_path), samples=colour_samples())
 
@@ -275,7 +241,9 @@ def test_an_adapter_is_taught_further_and_both_are_asked_and_converted_as_one(fo
 
 
 def test_an_unknown_target_names_the_known_ones(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r'names "wqkv", which is no linear layer there; there are q_proj, k_proj'):
+    with pytest.raises(
+        ConfigError, match=r'names "wqkv", which is no linear layer there; did you mean q_proj, k_proj, v_proj\? there are q_proj'
+    ):
         train(recipe_of(folder, tmp_path, lora_targets=("wqkv",)), samples=colour_samples())
 
 
@@ -314,8 +282,8 @@ def test_a_whole_language_model_is_written_in_the_official_layout(folder: Path, 
     assert result.losses[-1][1] < 0.5 * result.losses[0][1]
     model = load(result.adapter, device="cpu", dtype="float32")
     passes = Passes(model.model, replace(recipe, tower="frozen"))
-    held_out = loop.HeldOut(samples[:4], model, passes, recipe)
-    assert held_out.loss(loop.Stop(None, 0.0)) == pytest.approx(result.held_out_losses[-1][1], rel=1e-3)
+    held_out = HeldOut(samples[:4], model, passes, recipe)
+    assert held_out.loss(Stop(None, 0.0)) == pytest.approx(result.held_out_losses[-1][1], rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no bfloat16 arithmetic")
@@ -348,7 +316,7 @@ def test_metrics_are_json_lines_and_tensorboard_has_them_too(folder: Path, tmp_p
     result = train(recipe, samples=samples, held_out=samples[:2])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows if "held_out_loss" in row] == [3, 6]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 3, 6]  # 0: before it learns
     assert all({"tokens_per_s", "memory_gib", "learning_rate", "grad_norm"} <= row.keys() for row in rows if "loss" in row)
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     json.dumps(result.as_json())

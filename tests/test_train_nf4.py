@@ -12,11 +12,12 @@ from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import load
 from tessella.errors import ConfigError
 from tessella.train.begin import load_to_teach
+from tessella.train.held_out import HeldOut
 from tessella.train.limits import Stop
 from tessella.train.loop import train
 from tessella.train.lora import prepare
 from tessella.train.nf4 import BLOCK, CODE, Nf4Linear, dequantise, quantise
-from tessella.train.passes import HeldOut, Passes
+from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
 from test_train_loop import colour_samples, folder, recipe_of
 

@@ -20,15 +20,16 @@ from tessella.commands.demo import Demo
 from tessella.commands.evaluate import Evaluate
 from tessella.commands.finetune import Finetune
 from tessella.commands.inspect import Inspect
+from tessella.commands.runs import Runs
 from tessella.errors import ConfigError, TessellaError, is_out_of_memory
 from tessella.files import check_place, write_whole
-from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, SERVE, UI, VERIFY
+from tessella.helptext import ABOUT, CHAT, CONVERT, DEMO, EVALUATE, FINETUNE, INSPECT, RUNS, SERVE, UI, VERIFY
 from tessella.mistakes import MENDABLE, OPTIONAL, OUT_OF_MEMORY, tell
 from tessella.serving import Serve
 from tessella.train.recipe import load_recipe
 from tessella.webchat import Ui
 
-Command = Chat | Finetune | Convert | Verify | Evaluate | Serve | Inspect | Demo | Ui
+Command = Chat | Finetune | Convert | Verify | Evaluate | Serve | Inspect | Demo | Ui | Runs
 # Each with what its own --help says; the list of commands shows the first line.
 COMMANDS: dict[str, tuple[type[Command], str]] = {
     "demo": (Demo, DEMO),
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[type[Command], str]] = {
     "evaluate": (Evaluate, EVALUATE),
     "serve": (Serve, SERVE),
     "inspect": (Inspect, INSPECT),
+    "runs": (Runs, RUNS),
     "ui": (Ui, UI),
 }
 
@@ -93,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no Chinese shows "?" and loses no answer
     try:
         command = parse(words)
-        path = command.json if isinstance(command, (Finetune, Serve, Ui)) else command.place.json
+        path = command.json if isinstance(command, (Finetune, Serve, Ui, Runs)) else command.place.json
         if path is not None:
             check_place("--json", path.expanduser())  # now, not after an hour's work
         result = {"command": type(command).__name__.lower(), "version": 1, **command.run()}

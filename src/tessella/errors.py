@@ -37,6 +37,10 @@ class TrainingError(TessellaError):
     """A run that cannot start, resume or go on: another recipe, a non-finite loss, no room on the disk."""
 
 
+class RankError(TrainingError):
+    """Another process of the same run has gone; its own error tells why."""
+
+
 class MemoryError_(TessellaError):
     """Out of memory, with the estimate and what to lower."""
 

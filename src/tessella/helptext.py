@@ -28,6 +28,7 @@ examples:
   tessella finetune --data photos/ --output runs/photos          photos/CLASS/*.jpg
   tessella finetune recipes/grocery.toml --data grocery/         a recipe, with one thing changed
   tessella finetune recipes/grocery.toml --resume                go on after Ctrl-C or a crash
+  tessella finetune recipes/grocery.toml --nproc 8 --parallel fsdp2     eight GPUs; recipes/launch/ has several machines
   tessella finetune --model ./InternVL2-2B --data sivqa_llava.json --output runs/food
 
 Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""
@@ -83,6 +84,16 @@ examples:
   tessella inspect photos/ --recipe foods.toml --forecast    packing, time and memory of that run
   tessella inspect ./InternVL2-2B                    parts, parameters, memory
   tessella inspect InternVL2-26B                     of a published model, before anything is fetched"""
+
+RUNS = """Runs of finetune: a list, one of them, or two side by side.
+
+examples:
+  tessella runs                                      all below runs/, the newest last
+  tessella runs experiments/                         all below another folder
+  tessella runs runs/photos                          one: what it was told, before and after; writes its report.html anew
+  tessella runs runs/a runs/b --html compared.html   two: what differs in their recipes, their curves and scores
+
+A run that was killed is shown as far as it came; finetune RUN/recipe.toml --resume goes on with it."""
 
 DEMO = """The whole story on foods the built-in model has never seen: ask, score, teach, convert, compare, and chat with both.
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tessella.errors import DataError
-from tessella.evaluate.provenance import provenance
 from tessella.evaluate.report import as_json, percent, write_html
 from tessella.evaluate.run import Row, Settings, evaluate
 from tessella.evaluate.task import Item, Task, items_from, read_items
 from tessella.image import LIMIT_MEGAPIXELS
+from tessella.provenance import provenance
 from tessella.train.dataset import read_dataset, read_recipe_data
 from tessella.train.readers import read_rows
 from tessella.train.recipe import load_recipe

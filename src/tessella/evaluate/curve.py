@@ -48,8 +48,8 @@ def loss_curve(path: Path) -> str:
     return draw(curves) if curves else ""
 
 
-def draw(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Name -> (step, loss) -> SVG; the longest curve is thin, the others carry marks."""
+def draw(curves: dict[str, list[tuple[int, float]]], what: str = "loss") -> str:
+    """Name -> (step, value) -> SVG; the longest curve is thin, the others carry marks. what: stands beside the axis."""
     figure = Figure(figsize=(7.2, 2.8), layout="constrained")
     axes = figure.add_subplot()
     longest = max(curves, key=lambda name: len(curves[name]))
@@ -58,7 +58,7 @@ def draw(curves: dict[str, list[tuple[int, float]]]) -> str:
         style = {"linewidth": 1.2} if name == longest else {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
         axes.plot(steps, losses, color=colour, label=name.replace("_", " "), **style)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss", color=INK)
+    axes.set_ylabel(what, color=INK)
     axes.set_ylim(bottom=0)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=9)
@@ -74,5 +74,5 @@ def draw(curves: dict[str, list[tuple[int, float]]]) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("'DejaVu Sans', ", "").rstrip()
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # its rule would hold for the whole page
-    head = r'<svg viewBox="\1" role="img" aria-label="loss by step" stroke-linejoin="round">'
+    head = rf'<svg viewBox="\1" role="img" aria-label="{what} by step" stroke-linejoin="round">'
     return re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', head, svg, count=1)

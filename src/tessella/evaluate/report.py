@@ -18,12 +18,12 @@ from markupsafe import Markup
 from tessella.errors import ImageError
 from tessella.evaluate.curve import loss_curve
 from tessella.evaluate.metrics import METRICS, McNemar
-from tessella.evaluate.provenance import Provenance, provenance
 from tessella.evaluate.run import Row, Score
 from tessella.evaluate.task import Item, Task
 from tessella.files import write_whole
 from tessella.image import open_image
 from tessella.inputs import Picture
+from tessella.provenance import Provenance, provenance
 
 MOST_ITEMS = 200  # shown with their pictures, about 8 KB each; all answers lie in the answers folder
 MOST_LABELS = 60  # rows of the table of confusions

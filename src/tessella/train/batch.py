@@ -23,6 +23,7 @@ from tessella.train.dataset import Sample
 from tessella.train.multitask.rows import Placed, build_request, build_taught, placed
 from tessella.train.packing import Plan, grouped, plan_epoch, plan_passes, rope_limit
 from tessella.train.streamed import Streamed
+from tessella.train.world import shares
 
 KEPT_BYTES = 1 << 30  # of built rows, kept for later epochs when pictures are not augmented
 
@@ -85,6 +86,7 @@ class StepData:
     packs: list[Pack]
     places: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    everywhere: tuple[int, int] | None = None  # learned and routed of the whole step, where these packs are one rank's share
 
     @property
     def tokens(self) -> int:
@@ -92,11 +94,16 @@ class StepData:
 
     @property
     def learned(self) -> int:
+        """Learned tokens of the step, on all ranks once they have told each other."""
+        if self.everywhere is not None:
+            return self.everywhere[0]
         return sum(len(pack.targets) for pack in self.packs)
 
     @property
     def routed(self) -> int:
-        """Rows that a decoder learns from."""
+        """Rows that a decoder learns from, likewise."""
+        if self.everywhere is not None:
+            return self.everywhere[1]
         return sum(len({one.row for one in pack.placed}) for pack in self.packs)
 
     def pin_memory(self) -> "StepData":
@@ -124,6 +131,16 @@ def pack(rows: Sequence[ModelInput]) -> Pack:
         queries=queries_of(rows, torch.device("cpu")),
         placed=placed(rows),
     )
+
+
+def blank_pack() -> Pack:
+    """Two tokens that stand for nobody (no keys): a pass for a rank that has none left while others still have some."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Pack(
+        ids=torch.zeros(2, dtype=torch.int64), slots=nothing, positions=torch.arange(2), predict=torch.tensor([0]),
+        targets=torch.tensor([0]), tiles=torch.zeros(0, 3, 1, 1, dtype=torch.uint8), digests=(), lengths=(2,),
+        tiles_of=(0,), keys=(), windows=((),),
+    )  # fmt: skip
 
 
 def key_of(row: ModelInput) -> str:
@@ -157,9 +174,10 @@ class Steps(Dataset[StepData]):
 
     def __init__(
         self, samples: Sequence[Sample], inputs: Inputs, *, looks: int, samples_per_step: int, tokens_per_pass: int, seed: int,
-        augmentation: str = "none", packing: str = "in_order",
+        augmentation: str = "none", packing: str = "in_order", rank: int = 0, ranks: int = 1,
     ):  # fmt: skip
-        """looks: samples seen in the whole run, all epochs together."""
+        """looks: samples seen in the whole run, all epochs together. rank of ranks: only that one's share of each step."""
+        self.rank, self.ranks = rank, ranks
         self.samples, self.inputs, self.looks = samples, inputs, looks
         self.samples_per_step, self.tokens_per_pass = samples_per_step, tokens_per_pass
         self.seed, self.augmentation = seed, augmentation
@@ -172,6 +190,7 @@ class Steps(Dataset[StepData]):
         """The same samples in the same order in steps of another size; the rows that are kept are the same too."""
         other = copy.copy(self)
         other.samples_per_step, other.looks = samples_per_step, looks
+        other.rank, other.ranks = 0, 1  # whole steps, on every rank the same
         return other
 
     def __len__(self) -> int:
@@ -179,10 +198,7 @@ class Steps(Dataset[StepData]):
 
     def __getitem__(self, step: int) -> StepData:
         rows, places, skipped = [], [], []
-        first = step * self.samples_per_step
-        for look in range(first, min(first + self.samples_per_step, self.looks)):
-            epoch, turn = divmod(look, len(self.samples))
-            index = self._in_order(epoch)[turn]
+        for epoch, index in self._mine(step):
             place = self.samples.place(index) if isinstance(self.samples, Streamed) else self.samples[index].place
             try:
                 rows.append(self.row(index, epoch))
@@ -197,6 +213,18 @@ class Steps(Dataset[StepData]):
         lengths = [sample.tokens for sample in self.samples]
         order = self._in_order(epoch)
         return plan_epoch(lengths, order, self.samples_per_step, self.tokens_per_pass, self.packing, self.alone_over)
+
+    def _mine(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and index of this rank's samples in a step: each rank gets about the same number of tokens."""
+        first = step * self.samples_per_step
+        turns = [divmod(look, len(self.samples)) for look in range(first, min(first + self.samples_per_step, self.looks))]
+        chosen = [(epoch, self._in_order(epoch)[turn]) for epoch, turn in turns]
+        if self.ranks == 1:
+            return chosen
+        # Of a streamed sample nothing is known before it is read, and only its own rank shall read it.
+        streamed = isinstance(self.samples, Streamed)
+        lengths = [0 if streamed else self.samples[index].tokens for _, index in chosen]
+        return [chosen[i] for i in shares(lengths, self.ranks)[self.rank]]
 
     def _in_order(self, epoch: int) -> Sequence[int]:
         if self._order[0] != epoch:

@@ -23,8 +23,8 @@ from tessella.inputs import Inputs
 from tessella.train.batch import KEPT_BYTES, Steps
 from tessella.train.dataset import RecipeData
 from tessella.train.features import SHARE_OF_FREE
+from tessella.train.held_out import MOST_HELD_OUT
 from tessella.train.packing import Plan
-from tessella.train.passes import MOST_HELD_OUT
 from tessella.train.recipe import Recipe
 from tessella.train.sample import Sample
 

@@ -1,6 +1,7 @@
-"""What a run tells while it runs: a live bar, TensorBoard, JSON lines, and events for a caller.
+"""What a run tells while it runs: a live bar, JSON lines, trackers (TensorBoard and others), and events for a caller.
 
-In: rows of numbers by step.  Out: output/metrics.jsonl (one object a line, "step" in each), output/tensorboard/, the terminal.
+In: rows of numbers by step.  Out: output/metrics.jsonl (one object a line, "step" in each), the trackers, the terminal.
+A rank that is not the first keeps its rows to itself.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any
 
 import psutil
 import torch
@@ -20,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tessella.chat import IMAGE_MARK
 from tessella.errors import TrainingError
 from tessella.files import cannot_write, write_whole
+from tessella.train.trackers import Tracker
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,46 @@ class Event:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-class Scalars(Protocol):
-    """The part of TensorBoard's SummaryWriter that we use."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-    def add_text(self, tag: str, text_string: str, global_step: int) -> None: ...
-    def close(self) -> None: ...
-
-
 class Log:
     """Open for the length of a run: `with Log(...) as log`. Raises TrainingError or WriteError when it cannot be written."""
 
     def __init__(
-        self, output: Path, *, total_steps: int, first_step: int, tensorboard: bool, device: torch.device,
+        self, output: Path, *, total_steps: int, first_step: int, device: torch.device, main: bool = True,
+        trackers: Callable[[int], list[Tracker]] = lambda first_step: [],
         on_event: Callable[[Event], None] | None = None, console: Console | None = None,
     ):  # fmt: skip
-        self.path, self.on_event, self.device = output / METRICS, on_event, device
-        self.console = console or Console(stderr=True, highlight=False)
-        self.rows = kept_rows(self.path, first_step)
-        self.scalars: Scalars | None = None
+        """trackers: opens them, from a step on; called again when the run steps back."""
+        self.path, self.on_event, self.device = output / METRICS, on_event if main else None, device
+        self.console = console or Console(stderr=True, highlight=False, quiet=not main)
+        self.rows = kept_rows(self.path, first_step) if main else []
         self.hook, threading.excepthook = threading.excepthook, _hook_of_threads
+        self.file: IO[str] | None = None
         if output.exists() and not output.is_dir():
             raise TrainingError(f"{output} is a file; a run needs a folder: give another output")
-        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
-        self.file = self.path.open("a", encoding="utf-8")
-        if tensorboard:
-            self.scalars = open_tensorboard(output / TENSORBOARD, first_step)
+        self.open_trackers, self.trackers = trackers, list[Tracker]()
+        if main:
+            self._open(first_step)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
-        live = self.console.is_terminal
+        live = self.console.is_terminal and main
         self.bar = Progress(*columns, *times, console=self.console, disable=not live, transient=False)
         self.task = self.bar.add_task("teaching", total=total_steps, completed=first_step, told="")
         self.live, self.total_steps = live, total_steps
+
+    def _open(self, first_step: int) -> None:
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        self.file = self.path.open("a", encoding="utf-8")
+        self.trackers = self.open_trackers(first_step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was told of later steps: the run goes on from here."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        if self.file is not None:
+            self.file.close()
+            for tracker in self.trackers:
+                tracker.close()
+            self._open(step)
+        self.bar.update(self.task, completed=step)
 
     def __enter__(self) -> "Log":
         self.bar.start()
@@ -73,7 +83,7 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
         lost: OSError | None = None
-        for written in (self.file, self.scalars):  # closing writes what is still in memory, and a full disk refuses again
+        for written in (self.file, *self.trackers):  # closing writes what is still in memory, and a full disk refuses again
             try:
                 if written is not None:
                     written.close()
@@ -97,9 +107,16 @@ class Log:
         if not self.live:
             self.console.print(f"step {step}/{self.total_steps}  {told}  {clock(seconds_left)} left", soft_wrap=True)
 
-    def held_out(self, step: int, loss: float, samples: int) -> None:
-        self._write("held_out", step, {"held_out_loss": loss, "held_out_samples": samples})
-        self.say(f"step {step}: held-out loss {loss:.4f} over {samples:,} samples")
+    def held_out(self, step: int, numbers: dict[str, float]) -> None:
+        """numbers: held_out_loss and held_out_samples; score and scored; general questions by their names."""
+        self._write("held_out", step, numbers)
+        told = []
+        if "held_out_loss" in numbers:
+            told.append(f"held-out loss {numbers['held_out_loss']:.4f} over {numbers['held_out_samples']:,} samples")
+        if "score" in numbers:
+            told.append(f"score {numbers['score']:.1%} of {numbers['scored']:,} answers")
+        told += [f"{name.replace('_', ' ')} {numbers[name]:.3f}" for name in numbers if name.startswith("general")]
+        self.say(f"step {step}: {', '.join(told)}")
 
     def answers(self, step: int, answers: list[dict[str, str]]) -> None:
         """answers: rows of question, expected, answer."""
@@ -119,26 +136,19 @@ class Log:
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         row = {"step": step, "kind": kind, **values}
         self.rows.append(row)
+        if self.file is None:
+            return
         try:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.file.flush()
-            if self.scalars is not None:
-                self._to_tensorboard(step, values)
+            for tracker in self.trackers:
+                tracker.tell(step, values)
         except OSError as error:
             raise TrainingError(
                 f"{self.path.parent} takes no more of the log ({error.strerror}); make room, then resume"
             ) from error
         if self.on_event:
             self.on_event(Event(kind, step, values))
-
-    def _to_tensorboard(self, step: int, values: dict[str, Any]) -> None:
-        assert self.scalars is not None
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.scalars.add_scalar(name, value, step)
-        if "answers" in values:
-            lines = (f"{row['question']} → {row['answer']} ({row['expected']})" for row in values["answers"])
-            self.scalars.add_text("answers", "\n\n".join(lines), step)
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a number over the whole run, earlier sittings included."""
@@ -149,17 +159,6 @@ class Log:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return float(psutil.Process().memory_info().rss / 2**30)
-
-
-def open_tensorboard(folder: Path, first_step: int) -> Scalars:
-    """A SummaryWriter. Raises WriteError."""
-    from torch.utils.tensorboard import SummaryWriter  # heavy (a second) and in the train extra only
-
-    try:
-        writer: Scalars = SummaryWriter(str(folder), purge_step=first_step + 1)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    return writer
 
 
 def _hook_of_threads(args: threading.ExceptHookArgs) -> None:

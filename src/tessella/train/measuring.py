@@ -22,10 +22,11 @@ from tessella.inputs import Inputs, ModelInput
 from tessella.model.device import free_bytes
 from tessella.train.batch import Pack, Steps, pack
 from tessella.train.begin import load_to_teach
+from tessella.train.held_out import HeldOut
 from tessella.train.limits import Stop
 from tessella.train.lora import prepare
 from tessella.train.optimiser import Optimiser
-from tessella.train.passes import HeldOut, Passes
+from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe, load_recipe
 from tessella.train.supply import supply
 

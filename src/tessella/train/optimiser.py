@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
@@ -69,7 +70,8 @@ class Optimiser:
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             # A float32 parameter is its own master. The memory map of a checkpoint must not be trained in place.
-            parameter.data = parameter.data.clone()
+            if not isinstance(parameter.data, DTensor):  # a share of one is memory of its own already
+                parameter.data = parameter.data.clone()
             own = parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             self.masters[name] = own
         self.rounded = [name for name in self.parameters if self.masters[name] is not self.parameters[name]]

@@ -1,6 +1,6 @@
-"""Forward passes: the loss of a pack to learn from, and of held-out samples to look at.
+"""Forward passes: the loss of a pack.
 
-In: Packs.  Out: summed cross-entropy over the learned tokens; mean held-out loss; answers to held-out questions.
+In: Packs.  Out: summed cross-entropy over the learned tokens.
 T tokens, L of them learned, V vocabulary.
 """
 
@@ -12,26 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tessella.checkpoint.read import Loaded
-from tessella.errors import ConfigError, ImageError, PromptError
-from tessella.generate import generate_batch
-from tessella.inputs import ModelInput
+from tessella.errors import ConfigError
 from tessella.model.attend import Attend, Causal
 from tessella.model.vision_language import VisionLanguageModel
-from tessella.sampling import SamplingParams
-from tessella.train.batch import Pack, StepData, pack_all
-from tessella.train.dataset import Sample
+from tessella.train.batch import Pack, StepData
 from tessella.train.features import Kept, chosen
 from tessella.train.flops import rate_of, work_of
-from tessella.train.limits import Stop
 from tessella.train.lora import lowest_taught
-from tessella.train.multitask.rows import build_taught
 from tessella.train.multitask.teach import Decoders, View
-from tessella.train.packing import rope_limit
 from tessella.train.recipe import Recipe
 
-MOST_HELD_OUT = 512  # samples scored during the run; the first of them, in the order of the split
-ANSWER_TOKENS = 64
 TILES_AT_ONCE = 64  # on a GPU
 LOGITS_AT_ONCE = 2**27  # numbers of a piece of logits: 512 MiB in float32
 # Tiles, or what a frozen tower says of them, and the questions that a connector may read beside them -> one tensor a tile.
@@ -163,50 +153,3 @@ def compile_layers(model: VisionLanguageModel, backend: str | Callable[..., Any]
     torch._dynamo.config.allow_unspec_int_on_nn_module = True  # the layer's number is no reason to compile it again
     for layer in (*model.language_model.model.layers, *model.vision_model.encoder.layers):
         layer.compile(dynamic=True, backend=backend)
-
-
-class HeldOut:
-    """Samples that are never learned from: their loss, and the model's answers to a few of their questions."""
-
-    def __init__(self, samples: Sequence[Sample], loaded: Loaded, passes: Passes, recipe: Recipe):
-        self.samples, self.loaded, self.passes = list(samples[:MOST_HELD_OUT]), loaded, passes
-        self.tokens_per_pass, self.num_answers = recipe.tokens_per_pass, recipe.sample_answers
-        self.packs: list[Pack] | None = None
-
-    @torch.no_grad()
-    def loss(self, stop: Stop) -> float | None:
-        """Mean loss over all learned tokens; None when there are no samples, or we must stop."""
-        if self.packs is None:
-            alone_over = rope_limit(self.loaded.config.language)
-            self.packs = pack_all(self._rows(), self.tokens_per_pass, packing="best_fit", alone_over=alone_over)
-        total, learned = torch.zeros((), device=self.passes.model.device), 0
-        for pack in self.packs:
-            if stop.reason is not None:
-                return None
-            if len(pack.targets):
-                total += self.passes.loss(pack)
-                learned += len(pack.targets)
-        return float(total) / learned if learned else None
-
-    def _rows(self) -> list[ModelInput]:
-        rows, good = [], []
-        for sample in self.samples:
-            try:
-                rows.append(build_taught(self.loaded.inputs, sample.messages, sample.pictures, sample.truths))
-                good.append(sample)
-            except (ImageError, PromptError):  # told by the number of held-out samples in each report
-                continue
-        self.samples = good
-        return rows
-
-    def answers(self) -> list[dict[str, str]]:
-        """Rows of question, expected, answer for the first held-out samples."""
-        chosen = self.samples[: self.num_answers]
-        inputs = self.loaded.inputs
-        prompts = [inputs.build(s.messages[:-1], s.pictures, open_turn=True) for s in chosen]
-        if not prompts:
-            return []
-        params = SamplingParams(max_tokens=ANSWER_TOKENS)
-        ids = generate_batch(self.loaded.model, prompts, params, self.loaded.stop_ids)
-        texts = [self.loaded.tokenizer.decode(row) for row in ids]
-        return [{"question": s.question, "expected": s.answer, "answer": t} for s, t in zip(chosen, texts, strict=True)]

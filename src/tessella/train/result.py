@@ -18,15 +18,13 @@ from tessella.checkpoint.weights import entries_of
 from tessella.checkpoint.write import write_model
 from tessella.train.begin import base_of
 from tessella.train.lora import Taught, file_name, scale_of
-from tessella.train.optimiser import Optimiser
 from tessella.train.recipe import Recipe
 
 ROUTING = "routing."  # the prefix of what routing learns
 
 
-def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, optimiser: Optimiser) -> Path:
-    """Write what was learned and give its folder. Raises CheckpointError when it cannot be written."""
-    learned = optimiser.values()
+def save_result(recipe: Recipe, loaded: Loaded, taught: Taught, learned: dict[str, Tensor]) -> Path:
+    """Write what was learned (whole tensors in float32) and give its folder. Raises CheckpointError when it cannot."""
     values = {name: value for name, value in learned.items() if not name.startswith(ROUTING)}
     beside = _routing_writer(loaded, learned)
     if recipe.language == "full":

@@ -5,12 +5,13 @@ No pickle: safetensors and JSON only.
 """
 
 import json
+import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tessella.checkpoint.folder import new_folder, read_manifest, sha256_of
@@ -19,17 +20,22 @@ from tessella.errors import CheckpointError, TrainingError
 from tessella.train.recipe import Recipe
 
 FOLDER, TENSORS, NUMBERS = "checkpoints", "state.safetensors", "state.json"
+RECIPE = "recipe.toml"  # in the output folder: the recipe of the run
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The numbers of a run that resume goes on from."""
+    """The numbers of a run that resume goes on from. Chance needs none: what is drawn is a function of seed, step and rank."""
 
     step: int  # optimizer steps taken
     total_steps: int
     settled: dict[str, Any]  # Recipe.settled()
     data: str  # hash of the samples and their order
     seconds: float  # spent so far, over all sittings
+    worth: float | None = None  # held-out score, or the held-out loss with a minus before it; None when not evaluated here
+    recent: list[list[float]] = field(default_factory=list)  # loss and norm of the steps since the last report
+    before: list[float] = field(default_factory=list)  # losses that a jump is measured against
+    passed_over: list[int] = field(default_factory=list)  # steps that are not learned from, counted from 0
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,12 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save(output: Path, progress: Progress, tensors: dict[str, Tensor], keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`. Raises TrainingError when the disk has no room."""
+def save(output: Path, progress: Progress, tensors: dict[str, Tensor], keep: int, keep_best: bool = False) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep` and, with keep_best, the one of greatest worth.
+
+    Raises TrainingError when the disk has no room.
+    """
     folder = output / FOLDER / f"step-{progress.step:06d}"
-    tensors = tensors | random_state()
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     hashes: dict[str, str] = {}
     try:
@@ -52,10 +60,44 @@ def save(output: Path, progress: Progress, tensors: dict[str, Tensor], keep: int
             hashes[TENSORS] = write_file(aside / TENSORS, entries_of(tensors))
             (aside / NUMBERS).write_text(json.dumps(asdict(progress), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except CheckpointError as error:
-        raise TrainingError(f"the run could not be saved at step {progress.step}: {error}. Older checkpoints stand") from error
-    for old in saved(output)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        raise TrainingError(
+            f"the run could not be saved at step {progress.step}: {error}. Older checkpoints stand; {go_on(output)}"
+        ) from error
+    prune(output, keep, keep_best)
     return folder
+
+
+def prune(output: Path, keep: int, keep_best: bool) -> None:
+    """Remove all checkpoints but the newest `keep` and, with keep_best, the best one."""
+    folders = saved(output)
+    best_one = best(output) if keep_best else None
+    for old in folders[keep:]:
+        if old != best_one:
+            # Renamed first: a kill in the middle of removing must not leave what looks like a broken checkpoint.
+            aside = old.with_name(f".{old.name}.removed")
+            shutil.rmtree(aside, ignore_errors=True)
+            old.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def best(output: Path) -> Path | None:
+    """The checkpoint of greatest worth, the earlier one of two equals; None when none was evaluated."""
+    worth = {folder: _worth(folder) for folder in reversed(saved(output))}
+    judged = {folder: value for folder, value in worth.items() if value is not None}
+    return max(judged, key=lambda folder: judged[folder]) if judged else None
+
+
+def _worth(folder: Path) -> float | None:
+    try:
+        value = json.loads((folder / NUMBERS).read_text(encoding="utf-8")).get("worth")
+    except (OSError, ValueError, AttributeError):
+        return None  # damaged; damage() tells that when somebody wants to go on from it
+    return float(value) if isinstance(value, int | float) else None
+
+
+def go_on(output: Path, *flags: str) -> str:
+    """How to go on with a run, in words that can be copied."""
+    return " ".join(["go on with: tessella finetune", shlex.quote(str(output / RECIPE)), "--resume", *flags])
 
 
 def saved(output: Path) -> list[Path]:
@@ -103,11 +145,16 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, Progress(**numbers), {name: weights[name].clone() for name in weights.files})
 
 
-def check_same_run(progress: Progress, recipe: Recipe, data: str, total_steps: int) -> None:
-    """Raises TrainingError naming what differs from the run that wrote the checkpoint."""
+def before(output: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of fewer steps than `step`; None when there is none."""
+    return next((folder for folder in saved(output) if int(folder.name[5:]) < step and damage(folder) is None), None)
+
+
+def check_same_run(progress: Progress, recipe: Recipe, data: str, total_steps: int, changed: Callable[[], str]) -> None:
+    """Raises TrainingError naming what differs from the run that wrote the checkpoint. changed: what differs in the data."""
     changes = list(recipe.changes_from(progress.settled))
     if data != progress.data:
-        changes.append("the training samples are not the same (a data file, a picture folder or their order changed)")
+        changes.append(f"the training samples are not the same ({changed()})")
     if not changes and total_steps != progress.total_steps:
         changes.append(f"total steps were {progress.total_steps:,}, are {total_steps:,}")
     if changes:
@@ -115,17 +162,3 @@ def check_same_run(progress: Progress, recipe: Recipe, data: str, total_steps: i
             f"the checkpoint in {recipe.output} is of another recipe: {'; '.join(changes)}. "
             "Resume with the old values, or give another output"
         )
-
-
-def random_state() -> dict[str, Tensor]:
-    """The generators that dropout draws from."""
-    state = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
