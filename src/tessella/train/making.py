@@ -41,7 +41,7 @@ def layout_of(recipe: Recipe, world: World) -> type[Layout]:
     shared = not world.alone and recipe.parallel == "fsdp2"
     if recipe.offload and not (shared and torch.cuda.is_available()):
         raise ConfigError(
-            "offload moves a GPU's shares of weights and moments away; it goes with --parallel fsdp2 on several GPUs"
+            "offload moves a GPU's shares of weights and moments away; it goes with --parallel fsdp2 on GPUs"
         )
     if shared and (recipe.decoders or recipe.quantise):
         raise ConfigError("decoders and quantise are not cut into shares so far; leave them out, or say --parallel ddp")
