@@ -40,9 +40,7 @@ def layout_of(recipe: Recipe, world: World) -> type[Layout]:
         raise ConfigError(f'method is "{recipe.method}", which is taught in one process so far; leave --nproc away')
     shared = not world.alone and recipe.parallel == "fsdp2"
     if recipe.offload and not (shared and torch.cuda.is_available()):
-        raise ConfigError(
-            "offload moves a GPU's shares of weights and moments away; it goes with --parallel fsdp2 on GPUs"
-        )
+        raise ConfigError("offload moves a GPU's shares of weights and moments away; it goes with --parallel fsdp2 on GPUs")
     if shared and (recipe.decoders or recipe.quantise):
         raise ConfigError("decoders and quantise are not cut into shares so far; leave them out, or say --parallel ddp")
     return Sharded if shared else Layout
