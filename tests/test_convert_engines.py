@@ -18,7 +18,7 @@ from tessella.checkpoint.verify import conversations, logits_on
 from tessella.errors import CheckpointError
 from tessella.inputs import Inputs, Picture
 
-TALKS = EngineProof("transformers", "5.23.0", equal_first=4, talks=4)
+TALKS = EngineProof("transformers", "5.23.0", equal_first=4, texts_told=4, talks=4)
 
 
 def test_transformers_answers_like_us_until_its_pixels_are_others(tmp_path: Path) -> None:
@@ -117,7 +117,8 @@ def test_vllm_is_asked_without_running_code_of_the_folder(tmp_path: Path, monkey
     told = ours(base)
     (package / "told.json").write_text(json.dumps(told))
     source = open_source(base)
-    assert ask("vllm", source, sys.executable).holds
+    proof = ask("vllm", source, sys.executable)
+    assert proof.holds and proof.answer_tokens == 4 and proof.rows()[0][2] is None  # it tells no text
     seen, asked = (json.loads((package / f"{name}.json").read_text()) for name in ("seen", "asked"))
     assert seen["trust"] and "stranger" not in str(seen["files"]) and "modeling_internvl_chat.py" not in seen["files"]
     assert json.loads(seen["files"]["config.json"])["auto_map"].keys() == {"AutoConfig"}

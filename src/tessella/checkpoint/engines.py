@@ -66,7 +66,12 @@ class EngineProof:
     largest_with_pictures: float = 0.0
     equal_first: int = 0  # talks whose likeliest first token is the same
     answer_tokens: int = 0
+    texts_told: int = 0  # prompts whose text the engine tells; vLLM and LMDeploy tell ids, or their number, alone
     talks: int = 0
+
+    @property
+    def _same_prompts(self) -> bool | None:
+        return not self.prompts if self.texts_told else None
 
     @property
     def near(self) -> bool:
@@ -86,7 +91,7 @@ class EngineProof:
         )
         name = f"{self.engine} {self.version}"
         return [
-            (f"{name}: prompts", "; ".join(self.prompts) or f"{self.talks} prompts", not self.prompts),
+            (f"{name}: prompts", "; ".join(self.prompts) or f"{self.texts_told} texts told", self._same_prompts),
             (f"{name}: ids", "; ".join(self.ids) or f"{self.talks} prompts", not self.ids),
             (f"{name}: first-token logprobs", told, self.near),
             (f"{name}: answers", "; ".join(self.answers) or f"{self.answer_tokens} greedy tokens", not self.answers),
@@ -181,6 +186,7 @@ def _compared(
         differences[True],
         equal,
         tokens,
+        sum(theirs["prompt"] is not None for theirs in found["talks"]),
         len(talks),
     )
 
