@@ -24,7 +24,6 @@ from tessella.checkpoint.read import Loaded, load
 from tessella.decode import decode_routed
 from tessella.errors import DataError
 from tessella.evaluate.boxes import SceneAnswer, SceneScore, score_answers
-from tessella.evaluate.provenance import provenance
 from tessella.evaluate.run import Settings
 from tessella.files import write_whole
 from tessella.foods import STYLES
@@ -32,6 +31,7 @@ from tessella.generate import generate_batch
 from tessella.inputs import Picture
 from tessella.marks import boxes_in, draw_boxes
 from tessella.model.routing import Routed
+from tessella.provenance import provenance
 from tessella.sampling import GREEDY
 from tessella.scenes.coco import CocoRequest, read_coco
 from tessella.scenes.compose import SIDE_PX, Kit, photos_in
