@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tessella.checkpoint.lowrank import attach, fit, merge_adapter, named
 from tessella.checkpoint.read import load
 from tessella.errors import CheckpointError, ConfigError
 from tessella.model.vision_language import VisionLanguageModel
+from tessella.serving import load_adapter
 from tessella.train.loop import train
 from tessella.train.lora import NAME, LoraLinear, prepare
 from tessella.train.optimiser import Optimiser
@@ -69,8 +71,10 @@ def test_dora_is_converted_to_every_layout_and_back_and_proved(folder: Path, tmp
         torch.testing.assert_close(tensor, merged[2][name], rtol=0, atol=1e-6)
 
 
-def test_dora_beside_the_layer_says_the_same_as_merged(folder: Path, tmp_path: Path) -> None:
-    taught = train(recipe_of(folder, tmp_path, dora=True), samples=colour_samples()).adapter
+def test_dora_beside_the_layer_says_the_same_as_merged_and_is_not_served_beside_others(folder: Path, tmp_path: Path) -> None:
+    taught = train(recipe_of(folder, tmp_path, dora=True, epochs=1.0), samples=colour_samples()).adapter
+    with pytest.raises(CheckpointError, match="cannot run beside other adapters"):
+        load_adapter(SimpleNamespace(), load(folder, device="cpu"), "foods", taught)  # type: ignore[arg-type]
     one, other = (load(folder, device="cpu", dtype="float32").model for _ in range(2))
     shapes = {name: tuple(weight.shape) for name, weight in one.named_parameters()}
     adapter = fit(read_adapter(taught), shapes, one.config.language)
