@@ -19,7 +19,7 @@ from tessella.engine.core import Core
 from tessella.engine.request import EngineSettings, Piece, Request
 from tessella.engine.runner import Outcome
 from tessella.engine.scheduler import Batch
-from tessella.evaluate.provenance import provenance
+from tessella.provenance import provenance
 from tessella.sampling import SamplingParams
 
 

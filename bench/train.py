@@ -29,12 +29,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from tessella.chat import Message
 from tessella.checkpoint.layout import native_config
 from tessella.checkpoint.read import load
-from tessella.evaluate.provenance import provenance
 from tessella.foods import foods, picture
 from tessella.image import normalise
 from tessella.inputs import ModelInput, Picture
 from tessella.model.device import choose_device, choose_dtype
 from tessella.model.vision_language import VisionLanguageModel
+from tessella.provenance import provenance
 from tessella.train.batch import StepData, pack_all
 from tessella.train.flops import rate_of, wait, work_of
 from tessella.train.lora import prepare
