@@ -15,12 +15,13 @@ from tessella.chat import Message
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.read import Loaded, load
 from tessella.checkpoint.routing import write_routing
-from tessella.decode import Shown
+from tessella.decode import Shown, decode_routed
 from tessella.engine.engine import Engine
 from tessella.engine.request import Piece, Request
 from tessella.errors import CheckpointError, ConfigError, EngineError
+from tessella.inputs import Picture
 from tessella.model.decoders.boxes import BoxConfig, BoxDecoder, Found
-from tessella.model.routing import Routing
+from tessella.model.routing import Routed, Routing
 from tessella.routes import routes_for
 from tessella.sampling import SamplingParams
 from tessella.server.plain import PlainEngine
@@ -167,3 +168,16 @@ def test_the_page_takes_boxes_masks_and_pictures_and_leaves_what_is_odd() -> Non
     found = routed_in([sound, odd, {"picture": "data:image/png;base64,AAAA"}, {"picture": "http://elsewhere/x.png"}])
     assert [box.label for box in found.boxes] == ["apple"] and found.masks[0].tolist() == [[False, True], [True, False]]
     assert found.pictures == ["data:image/png;base64,AAAA"]
+
+
+def test_the_decoder_looks_at_the_last_picture_and_gives_masks_of_its_size(folder: Path, picture: Path) -> None:
+    loaded = load(folder, device="cpu", dtype="float32")
+    prompt = loaded.inputs.build([Message("user", "<image>\nDetect it.")], [Picture(picture)])
+    det, grd = (loaded.tokenizer.routes.named(name) for name in ("[DET]", "[GRD]"))
+    width = loaded.config.language.hidden_size
+    routed = [Routed(0, route, said, torch.randn(4, width)) for said, route in ((1, det), (2, grd))]
+    shown = decode_routed(loaded.model, loaded.tokenizer, prompt, [det.token_id, grd.token_id], routed, (120, 60), sure=0.0)
+    assert not shown[0].trouble and shown[0].objects and len(shown[1].objects) <= 1
+    assert all(one.mask.shape == (60, 120) and min(one.box) >= 0 and max(one.box) <= 1 for one in shown[0].objects)
+    rows = shown[0].as_json()["objects"]
+    assert sum(rows[0]["mask"]["counts"]) == 60 * 120 and len(rows[0]["box"]) == 4
