@@ -17,14 +17,16 @@ pytest.importorskip("peft", reason="teaching goes through PEFT, which is not ins
 
 from colours import colour_samples, interrupt_at
 from tessella.checkpoint.read import load
-from tessella.errors import TrainingError
+from tessella.errors import ConfigError, TrainingError
 from tessella.train import loop
 from tessella.train.batch import Steps
 from tessella.train.launch import free_port
 from tessella.train.layouts import Layout
 from tessella.train.loop import train
 from tessella.train.lora import prepare
+from tessella.train.making import layout_of
 from tessella.train.passes import Passes
+from tessella.train.recipe import Recipe
 from tessella.train.world import World, shares
 from tiny import tiny_folder
 from two_ranks import mixed_samples, ranks_recipe
@@ -150,6 +152,20 @@ def test_more_ranks_than_samples_are_refused(folder: Path, tmp_path: Path, monke
         train(ranks_recipe(folder, tmp_path), samples=mixed_samples()[:3])
     with pytest.raises(TrainingError, match=r"5 ranks, but only 4 samples_per_step.*raise samples_per_step"):
         train(ranks_recipe(folder, tmp_path), samples=mixed_samples())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"offload": True}, r"goes with --parallel fsdp2 on GPUs"),
+        ({"parallel": "fsdp2", "quantise": ("language",)}, r"not cut into shares so far.*--parallel ddp"),
+        ({"parallel": "fsdp2", "decoders": ("boxes",)}, r"not cut into shares so far"),
+        ({"method": "dpo"}, r'method is "dpo", which is taught in one process so far; leave --nproc away'),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused_with_a_way_out(wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        layout_of(Recipe(**wrong), World(0, 2, 0))
 
 
 # ---- the command
