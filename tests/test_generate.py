@@ -74,7 +74,7 @@ def test_equal_tiles_are_seen_once_and_stay_in_their_places(loaded: Loaded, monk
     asked = [loaded.inputs.build([Message("user", "<image>" * len(some))], some) for some in ([red], [blue, red], [red])]
     seen: list[int] = []
     plain = loaded.model.visual_tokens
-    monkeypatch.setattr(loaded.model, "visual_tokens", lambda tiles: (seen.append(len(tiles)), plain(tiles))[1])
+    monkeypatch.setattr(loaded.model, "visual_tokens", lambda tiles, _: (seen.append(len(tiles)), plain(tiles))[1])
     together = visual_tokens(loaded.model, asked)
     assert seen == [2]
     torch.testing.assert_close(together, torch.cat([plain(one.tiles) for one in asked]))

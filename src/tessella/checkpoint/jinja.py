@@ -16,6 +16,7 @@ def chat_template(template: Template, bos: str | None, *, mark: str = SLOT) -> s
 
     mark: what stands for a picture in the rendered prompt; engines that open the official layout look for <image> there.
     """
+    assert not template.picture_before_bos, "relatives keep their base's own template"
     heads, ends = (
         ", ".join(f"{_quoted(role)}: {_quoted(''.join(part(role)))}" for role in ROLES) for part in (template.head, template.tail)
     )

@@ -107,6 +107,7 @@ class Connector(nn.Sequential):
         folded = self.fold(features, self.config)
         if not self.config.reads_question:
             return super().forward(folded)
+        assert len(questions) == len(features), "each tile has a question"
         queries, project = self
         return project(queries(folded, questions))
 

@@ -142,11 +142,10 @@ class Queries(nn.Module):
         begin_small(self)
 
     def forward(self, image: Tensor, questions: Sequence[Sequence[int]] = ()) -> Tensor:
-        """Features (N, P, Cv), and the ids of a question for each picture where there is a text half -> (N, Q, C)."""
+        """Features (N, P, Cv), and ids of a question for each picture if the text half is to read one -> (N, Q, C)."""
         queries = self.query_tokens.to(image.dtype).expand(len(image), -1, -1)
-        if not self.former.config.text:
+        if not questions:
             return self.former(queries, image)
-        assert len(questions) == len(image), "each picture has a question"
         rows = [torch.tensor(row, dtype=torch.int64) for row in questions]
         ids = pad_sequence(rows, batch_first=True).to(image.device)
         lengths = torch.tensor([len(row) for row in rows], device=image.device)

@@ -60,6 +60,11 @@ class Run:
         found = self.series(name)
         return found[-1][1] if found else None
 
+    @property
+    def began(self) -> tuple[str, float]:
+        """When its last sitting began: the date, and more finely."""
+        return str(self.record.get("origin", {}).get("date", "")), float(self.record.get("began", 0.0))
+
     def told(self) -> dict[str, Any]:
         """The fields of the recipe that are not its defaults."""
         usual = {field.name: plain(getattr(Recipe(), field.name)) for field in fields(Recipe)}
@@ -102,7 +107,9 @@ def find_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one that holds runs, as finetune's --output names them")
     found = [read_run(place) for place in _places(folder, DEEPEST)]
-    return sorted(found, key=lambda run: (str(run.record.get("origin", {}).get("date", "")), str(run.folder)))
+    return sorted(
+        found, key=lambda run: (str(run.record.get("origin", {}).get("date", "")), run.record.get("began", 0.0), str(run.folder))
+    )
 
 
 def _places(folder: Path, deepest: int) -> Iterator[Path]:

@@ -5,6 +5,7 @@ In: recipe, model, data, ranks.  Out: two files that `tessella runs` and the run
 
 import json
 import platform
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ class Record:
         self.recipe, self.main = recipe, world.main
         self.values: dict[str, Any] = {
             "state": "running",
+            "began": time.time(),  # of this sitting, finer than origin's date, so that runs have an order
             "ranks": world.size,
             "parallel": "" if world.alone else recipe.parallel,
         }
