@@ -70,7 +70,7 @@ def adapter_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("several", "one"), [("ddp", "one"), ("fsdp2", "one"), ("fsdp2-all", "one-all")])
+@pytest.mark.parametrize(("several", "one"), [("ddp", "one"), ("fsdp2", "one"), ("zero2", "one"), ("fsdp2-all", "one-all")])
 def test_two_processes_learn_what_one_learns(home: Path, several: str, one: str) -> None:
     for key in ("loss", "grad_norm"):
         ours, theirs = rows_of(home / several, key), rows_of(home / one, key)

@@ -43,6 +43,7 @@ def main(folder: Path, home: Path) -> None:
 
     run("ddp")
     run("fsdp2", parallel="fsdp2")
+    run("zero2", parallel="zero2")
     run("fsdp2-all", parallel="fsdp2", tower="full", language="full", max_steps=2)
     # A run that began in one process goes on in two, and ends in two that share everything.
     moved = ranks_recipe(folder, home / "moved", resume=True)

@@ -38,7 +38,7 @@ def layout_of(recipe: Recipe, world: World) -> type[Layout]:
     """How the run lies on its ranks; one rank holds all, whatever the recipe says. Raises ConfigError for what ranks cannot."""
     if not world.alone and recipe.method != "sft":
         raise ConfigError(f'method is "{recipe.method}", which is taught in one process so far; leave --nproc away')
-    shared = not world.alone and recipe.parallel == "fsdp2"
+    shared = not world.alone and recipe.parallel != "ddp"
     if recipe.offload and not (shared and torch.cuda.is_available()):
         raise ConfigError("offload moves a GPU's shares of weights and moments away; it goes with --parallel fsdp2 on GPUs")
     if shared and (recipe.decoders or recipe.quantise):

@@ -1,6 +1,8 @@
 """Weights, gradients and moments cut into shares, one a rank: FSDP2, torch's own fully_shard.
 
 In: a model and what of it learns.  Out: a Layout whose checkpoints hold whole tensors, like any other.
+The stages of ZeRO (arXiv:1910.02054) are the same cut: 3 lets a layer's gathered weights go behind each use, 2 keeps them from
+the forward run to the backward one. DeepSpeed is not needed for either.
 accelerate's FSDP2 was looked at and not taken: it makes the optimiser's parameters anew by itself and knows one type for all,
 where our frozen weights stay in the model's type and what learns is its own float32 master.
 """
@@ -62,7 +64,8 @@ class Sharded(Layout):
         # none for the first layer, which would then send later than on a rank that sees pictures.
         model.language_model.model.embed_tokens.register_forward_hook(wants_gradient)
         self.lesson = Lesson(model)
-        shard(self.lesson, taught, recipe)
+        self.lets_go = recipe.parallel != "zero2"
+        shard(self.lesson, taught, recipe, self.lets_go)
         # Sharding puts other parameters in the place of those that were there, in the same order.
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         named = dict(zip(taught.parameters, learning, strict=True))
@@ -129,12 +132,15 @@ class Sharded(Layout):
             yield
         finally:
             for number, part in enumerate(parts):  # the lesson itself is the first
-                part.set_reshard_after_forward(number > 0, recurse=False)
+                part.set_reshard_after_forward(self.lets_go and number > 0, recurse=False)
                 part.reshard()
 
 
-def shard(lesson: Lesson, taught: Taught, recipe: Recipe) -> None:
-    """Cut the lesson's parameters: each decoder layer (and layer of a tower that learns) by itself, then the rest."""
+def shard(lesson: Lesson, taught: Taught, recipe: Recipe, lets_go: bool) -> None:
+    """Cut the lesson's parameters: each decoder layer (and layer of a tower that learns) by itself, then the rest.
+
+    lets_go: a layer's gathered weights go behind its forward run, and are gathered again for its backward run.
+    """
     model = lesson.model
     for parameter in taught.parameters.values():
         parameter.data = parameter.data.float()
@@ -144,7 +150,7 @@ def shard(lesson: Lesson, taught: Taught, recipe: Recipe) -> None:
     kept_whole = set(model.vision_model.parameters()) if recipe.tower == "frozen" else set()
     tower = [] if kept_whole else list(model.vision_model.encoder.layers)
     for layer in (*model.language_model.model.layers, *tower):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=lets_go)
     fully_shard(
         lesson, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False, ignored_params=kept_whole
     )

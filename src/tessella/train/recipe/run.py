@@ -27,8 +27,9 @@ class RunFields:
     """Stop and save after this many seconds; resume goes on."""
     nproc: int = 1
     """Processes on this machine, each with a GPU of its own (on a CPU: a share of the cores); torchrun's own number wins."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """How they share the work: ddp, everything on each; fsdp2, weights, gradients and moments cut into shares."""
+    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+    """How they share the work: ddp, everything on each; fsdp2 (or zero3), weights, gradients and moments cut into shares;
+    zero2, gradients and moments cut, a step's weights gathered once and kept until its backward run is over."""
     offload: bool = False
     """With fsdp2: shares of weights and moments lie in the machine's memory, not the GPU's; slower, and fits more."""
     evaluate_every: int = 100
