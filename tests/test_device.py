@@ -24,7 +24,7 @@ def test_auto_takes_bfloat16_where_the_cpu_has_it_and_it_pays(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     seconds = {torch.bfloat16: 1.0, torch.float32: 2.0 if pays else 0.5}
-    monkeypatch.setattr(devices, "product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(devices, "product_seconds", lambda dtypes: {dtype: seconds[dtype] for dtype in dtypes})
     devices.bfloat16_pays.cache_clear()
     try:
         assert devices.choose_dtype("auto", CPU) == chosen
@@ -34,5 +34,7 @@ def test_auto_takes_bfloat16_where_the_cpu_has_it_and_it_pays(
         devices.bfloat16_pays.cache_clear()
 
 
-def test_a_product_takes_some_time() -> None:
-    assert 0 < devices.product_seconds(torch.float32) < 10
+def test_a_product_takes_some_time_and_the_threads_are_left_as_they_were() -> None:
+    threads = torch.get_num_threads()
+    seconds = devices.product_seconds((torch.float32, torch.bfloat16))
+    assert all(0 < one < 10 for one in seconds.values()) and torch.get_num_threads() == threads

@@ -4,6 +4,7 @@ In: "auto" or a name.  Out: torch.device and torch.dtype; and how much memory is
 """
 
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import psutil
@@ -47,22 +48,35 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+SLOWER = 1.3  # bfloat16 products that take so many times as long as float32's are emulated, not multiplied in hardware
+
+
 @cache
 def bfloat16_pays() -> bool:
-    """Whether this CPU takes less time for a bfloat16 product than for float32's. Measured, for what a CPU says is not all: a
+    """Whether this CPU's bfloat16 products are not clearly slower than float32's. Measured, for what a CPU says is not all: a
     virtual machine or a library may not pass the instructions on, and then bfloat16 takes twice as long, not half.
     """
-    return product_seconds(torch.bfloat16) < product_seconds(torch.float32)
+    seconds = product_seconds((torch.bfloat16, torch.float32))
+    return seconds[torch.bfloat16] < SLOWER * seconds[torch.float32]
 
 
-def product_seconds(dtype: torch.dtype) -> float:
-    """The shortest of a few products of about a millisecond, in this thread's own time: other programs do not count."""
-    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-    shortest = float("inf")
-    for _ in range(6):  # the first also prepares
-        start = time.thread_time()
-        torch.mm(left, right)
-        shortest = min(shortest, time.thread_time() - start)
+def product_seconds(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
+    """The shortest of some products of about a millisecond, by type, in this thread's own time: other programs do not count.
+
+    One thread: on a busy machine two wait for each other, and the first products of a process took eight times as long. The
+    types take turns, so that what disturbs one disturbs the other.
+    """
+    pairs = {dtype: (torch.ones(256, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)) for dtype in dtypes}
+    shortest, threads = dict.fromkeys(dtypes, float("inf")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(8):  # the first also prepares
+            for dtype, (left, right) in pairs.items():
+                start = time.thread_time()
+                torch.mm(left, right)
+                shortest[dtype] = min(shortest[dtype], time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return shortest
 
 
