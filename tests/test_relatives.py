@@ -134,6 +134,10 @@ def test_a_question_changes_what_instructblip_sees(tmp_path: Path) -> None:
     assert all(one is not None and torch.allclose(one[0], both, atol=1e-5) for one, both in zip(alone, seen, strict=True))
     with pytest.raises(PromptError, match="at most 512"):
         ours.inputs.build([Message("user", "<image>\n" + "picture " * 600)], [Picture(picture(90, 90))])
+    (folder / "qformer_tokenizer" / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(folder)
+    (folder / "qformer_tokenizer" / "tokenizer.json").unlink()
     (folder / "qformer_tokenizer" / "vocab.txt").unlink()
     with pytest.raises(CheckpointError, match="qformer_tokenizer"):
         load(folder)
