@@ -12,6 +12,7 @@ cut into tiles before the clock starts, but for the row that says "from the pixe
 import gc
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -200,15 +201,22 @@ class Bench:
         return tables
 
     def all(self) -> list[Row]:
+        """Short work first, each row told as it comes: what is cut off then has told most."""
         o, inputs = self.options, self.inputs
-        rows = [self.stream("one stream, text", self.text(1)[0], 700.0)]
-        rows.append(self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0]))
-        rows += self.first_tokens()  # short work first: what is cut off then has told most
-        rows += self.batch(f"{o.text_requests} text requests", self.text(o.text_requests), 300.0)
+        rows = heard([self.stream("one stream, text", self.text(1)[0], 700.0)])
+        rows += heard([self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0])])
+        rows += heard(self.first_tokens())
+        rows += heard(self.batch(f"{o.text_requests} text requests", self.text(o.text_requests), 300.0))
         one = picture_questions(inputs, o.one_tile_requests, ONE_TILE)
-        rows += self.batch(f"{o.one_tile_requests} requests, 1 tile", one, 150.0)
+        rows += heard(self.batch(f"{o.one_tile_requests} requests, 1 tile", one, 150.0))
         seven = picture_questions(inputs, o.seven_tile_requests, SEVEN_TILES)
-        return rows + self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven, 30.0)
+        return rows + heard(self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven, 30.0))
+
+
+def heard(rows: list[Row]) -> list[Row]:
+    for row in rows:
+        print(f"{row.work}: {row.number:,.1f} {row.unit}", file=sys.stderr, flush=True)
+    return rows
 
 
 def peer_rows(name: str, url: str, options: Options) -> list[Row]:
