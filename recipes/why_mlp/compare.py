@@ -8,9 +8,12 @@ seconds, and the time to the first token of an answer.
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from tessella.chat import Message
 from tessella.checkpoint.read import Loaded
 from tessella.generate import generate
+from tessella.image import TileRule, Tiles, cut_tiles
 from tessella.inputs import ModelInput, Picture
 from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, order_of, pack
@@ -43,12 +47,12 @@ class Plan:
     """How much is learned. A smaller tile has fewer patches, and so each connector fewer tokens."""
 
     classes: int = 200
-    per_class: int = 200
+    per_class: int = 120
     held_out: int = 1000
-    steps: int = 1500
+    steps: int = 800
     batch: int = 64
-    stage1_steps: int = 1500
-    measurings: int = 15
+    stage1_steps: int = 800
+    measurings: int = 10
     tile_px: int = 224
 
 
@@ -61,6 +65,7 @@ class Place:
 
     device: str
     rate: float | None  # of every connector; None for each one's own
+    cut: dict[int, Tiles]  # of each picture, by its identity: all connectors see the same tiles
     kept: Kept | None = None  # the frozen tower's features, by tile
 
 
@@ -70,7 +75,7 @@ class Run:
     def __init__(self, name: str, seed: int, plan: Plan, train: Sequence[Shown], held_out: Sequence[Shown], place: Place):
         self.name, self.seed, self.plan = name, seed, plan
         self.loaded = model_with(name, place.device, seed, plan.tile_px)
-        self.train, self.held_out = self._rows(train), self._rows(held_out)
+        self.train, self.held_out = self._rows(train, place.cut), self._rows(held_out, place.cut)
         self.rate = place.rate or RATES.get(name, OTHERS)
         self.passes = Passes(self.loaded.model, Recipe(language="frozen", tower="frozen", projector="train"))
         self.passes.tiles = place.kept or self.passes.tiles
@@ -81,9 +86,14 @@ class Run:
         match_spread(self.loaded, torch.cat([row.tiles for row in self.train[:16]]).to(self.loaded.model.device))
         self.loaded.model.mlp1.requires_grad_(True)
 
-    def _rows(self, shown: Sequence[Shown]) -> list[ModelInput]:
-        build = self.loaded.inputs.build
-        return [build(messages, [picture], open_turn=False) for messages, picture in (one.sample for one in shown)]
+    def _rows(self, shown: Sequence[Shown], cut: dict[int, Tiles]) -> list[ModelInput]:
+        """Rows of one name differ in nothing but their tile."""
+        of_name: dict[str, ModelInput] = {}
+        for one in shown:
+            if one.name not in of_name:
+                messages, picture = one.sample
+                of_name[one.name] = self.loaded.inputs.build(messages, [picture], open_turn=False)
+        return [replace(of_name[one.name], tiles=cut[id(one)].pixels, digests=cut[id(one)].digests) for one in shown]
 
     def _features(self, rows: Sequence[ModelInput]) -> Tensor:
         """The tower's features (N, P, P, C) of rows of one tile each."""
@@ -169,12 +179,38 @@ def first_token_ms(loaded: Loaded, row: ModelInput) -> float:
     return min(times)
 
 
+def cut_all(shown: Sequence[Shown], side_px: int) -> dict[int, Tiles]:
+    """Each picture as one tile; Pillow and the hashes leave Python's lock, so threads help."""
+    rule = TileRule(side_px, max_tiles=1)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(map(id, shown), pool.map(lambda one: cut_tiles(one.picture, rule), shown), strict=True))
+
+
+def side_by_side(out: Path, seeds: Sequence[int]) -> None:
+    """This program once for each seed, all at the same time; then their lines in one file. Stops when one of them fails."""
+    own = {seed: out.with_name(f"{out.stem}-{seed}{out.suffix}") for seed in seeds}
+    given = sys.argv[1:]
+    runs = {
+        seed: subprocess.Popen([sys.executable, __file__, *given, "--seeds", str(seed), "--out", str(file), "--one-by-one"])
+        for seed, file in own.items()
+    }
+    if failed := [seed for seed, run in runs.items() if run.wait()]:
+        raise SystemExit(
+            f"seed {failed[0]} failed; what it said stands above, and the same command goes on from what was measured"
+        )
+    by_seed = [own[seed].read_text(encoding="utf-8").splitlines() for seed in seeds]
+    lines = [line for of_seed in by_seed for line in of_seed]
+    lines.sort(key=lambda line: list(VARIANTS).index(json.loads(line)["connector"]))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the Tiny-ImageNet tars")
     parser.add_argument("--out", type=Path, default=Path("why_mlp.jsonl"), help="lines are added; what is there is not run again")
     parser.add_argument("--small", action="store_true", help="for a CPU: 10 classes, 40 steps, tiles of 112 px")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--one-by-one", action="store_true", help="not, as on a GPU, each seed in a process beside the others")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rate", type=float, default=None, help="peak learning rate of every connector")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="CONNECTOR")
@@ -182,11 +218,14 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     plan = SMALL if args.small else Plan()
+    if torch.cuda.is_available() and len(args.seeds) > 1 and not args.one_by_one:
+        side_by_side(args.out, args.seeds)
+        return
     train, held_out = pictures.load(args.data, plan.classes, plan.per_class, plan.held_out)
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
     done = {(line["connector"], line["seed"]) for line in lines if line["step"] == plan.steps}
-    place = Place(args.device, args.rate)
-    for seed in range(args.seeds):
+    place = Place(args.device, args.rate, cut_all([*train, *held_out], plan.tile_px))
+    for seed in args.seeds:
         for name in args.only:
             if (name, seed) not in done:
                 Run(name, seed, plan, train, held_out, place).learn(args.out)
