@@ -1,6 +1,7 @@
 """Put the stages of tessella-nano together: a folder to start from, and the packed weights that ship.
 
 start: tower pieces of tower.py + a fresh projector + SmolLM2 -> a model folder in the official layout, for the align stage.
+again: packed weights -> a model folder without LoRA and an adapter on it (LoRA, tower, projector), to be taught further.
 pack:  a model folder (tower, projector) + an adapter of the instruct stage -> src/tessella/assets/nano.
 """
 
@@ -11,8 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tessella.checkpoint.adapters import state_of
-from tessella.checkpoint.builtin import ASSETS, adapter_of, base_state, lora_state, nano_config, write_assets, write_nano
+from tessella.checkpoint.adapters import AdapterSettings, save_adapter, state_of
+from tessella.checkpoint.builtin import (
+    ASSETS,
+    LORA,
+    PROJECTOR,
+    TOWER,
+    adapter_of,
+    base_state,
+    lora_state,
+    nano_config,
+    write_assets,
+    write_nano,
+)
 from tessella.checkpoint.lowrank import combined
 from tessella.checkpoint.packing import read_packed, write_packed
 from tessella.checkpoint.read import load
@@ -69,6 +81,17 @@ def pack(args: argparse.Namespace) -> None:
     print(write_assets(part["vision_model."], part["mlp1."], lora, Path(args.out)))
 
 
+def again(args: argparse.Namespace) -> None:
+    """instruct.toml goes on from OUT/adapter with further = "same": scale 2, as its rank and alpha say."""
+    assets, out = Path(args.assets), Path(args.out)
+    tower, projector, lora = (read_packed(assets / name) for name in (TOWER, PROJECTOR, LORA))
+    base = write_nano(tower, projector, None, out / "base", force=True)
+    rank, scale = next(value.shape[0] for name, value in lora.items() if ".lora_A" in name), 2.0
+    state = {name: value / scale if ".lora_B" in name else value for name, value in lora.items()} | tower | projector
+    settings = AdapterSettings(str(base.resolve()), rank, scale * rank, modules_to_save=("vision_model", "mlp1"))
+    print(save_adapter(out / "adapter", state, settings, force=True))
+
+
 def pack_tower(args: argparse.Namespace) -> None:
     print(write_packed(Path(args.out), read_tower(Path(args.tower))), "bytes")
 
@@ -87,6 +110,7 @@ def main() -> None:
                 "--lora": "packed LoRA that the folder was made with and that is to be kept beside the new one; by default none",
             },
         ),
+        (again, {"--assets": "folder of packed weights", "--out": "folder for base/ and adapter/"}),
         (pack_tower, {"--tower": "folder of tower.py", "--out": "packed file"}),
     ):
         command = commands.add_parser(deed.__name__.replace("_", "-"))

@@ -91,9 +91,9 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, required=True, help="folder written by collect.py")
     parser.add_argument("--data", type=Path, required=True, help="folder of the picture tars")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", choices=["align", "instruct", "skills"], required=True)
+    parser.add_argument("--stage", choices=["align", "instruct", "again", "skills"], required=True)
     parser.add_argument(
-        "--samples", type=int, default=100_000, help="samples of align or instruct; skills have their own numbers"
+        "--samples", type=int, default=100_000, help="samples of align, instruct or again; skills have their own numbers"
     )
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=1)

@@ -294,15 +294,16 @@ class Kind:
     make: Callable[[random.Random, Parts, bool], Sample]
     align: float
     instruct: float
+    again: float
 
 
 KINDS = {
-    "photo": Kind(photo, 0.30, 0.23),
-    "emoji": Kind(emoji, 0.12, 0.13),
-    "word": Kind(word, 0.30, 0.34),
-    "count": Kind(count, 0.09, 0.09),
-    "place": Kind(place, 0.11, 0.12),
-    "colour": Kind(colour, 0.08, 0.07),
-    "chat": Kind(chat, 0.0, 0.02),
+    "photo": Kind(photo, 0.30, 0.23, 0.15),
+    "emoji": Kind(emoji, 0.12, 0.13, 0.14),
+    "word": Kind(word, 0.30, 0.34, 0.52),
+    "count": Kind(count, 0.09, 0.09, 0.07),
+    "place": Kind(place, 0.11, 0.12, 0.05),
+    "colour": Kind(colour, 0.08, 0.07, 0.03),
+    "chat": Kind(chat, 0.0, 0.02, 0.04),
 }
 SKILLS = {"words": word, "counting": count, "relations": place, "colours": colour}  # measured beside the naming of photographs
