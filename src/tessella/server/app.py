@@ -23,9 +23,9 @@ from tessella.server.answers import Answers, ChatForm, Form, TextForm, collected
 from tessella.server.body import read_whole
 from tessella.server.door import Door
 from tessella.server.limits import Lease
-from tessella.server.page import page, schema
-from tessella.server.refusal import Refusal, answers
-from tessella.server.replies import ChatCompletion, Completion, ModelCard, ModelList, Status
+from tessella.server.page import REFERENCE, page, schema
+from tessella.server.refusal import ErrorBody, Refusal, answers
+from tessella.server.replies import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList, Status
 from tessella.server.service import Service
 from tessella.server.settings import Settings
 from tessella.server.stream import ClientGone, EventStream, while_client_waits
@@ -33,11 +33,7 @@ from tessella.server.wire import AdapterRequest, ChatRequest, CompletionRequest,
 
 Wish = TypeVar("Wish", bound=Drawing)
 Kind = TypeVar("Kind", bound=Wire)
-STREAMED = {
-    "description": "Whole, or with stream: true as events",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-}
-ASKING = {**answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503), 200: STREAMED}
+NO_ANSWER = answers(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 CLIENT_GONE = 499  # nginx's; nobody reads it but the log and the metrics
 
 
@@ -59,12 +55,16 @@ def create_app(service: Service) -> Door:
 
 
 def _add_questions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=ASKING, openapi_extra=takes(ChatRequest))
+    asked, told = takes(ChatRequest), {**NO_ANSWER, 200: streamed(ChatChunk)}
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=told, openapi_extra=asked)
     async def chat(http: HttpRequest) -> Response:
         """An answer to a conversation with pictures. With stream: true, chunks as server-sent events."""
         return await ask(service, http, ChatRequest, service.prepare_chat, ChatForm)
 
-    @app.post("/v1/completions", response_model=Completion, responses=ASKING, openapi_extra=takes(CompletionRequest))
+    asked, told = takes(CompletionRequest), {**NO_ANSWER, 200: streamed(Completion)}
+
+    @app.post("/v1/completions", response_model=Completion, responses=told, openapi_extra=asked)
     async def complete(http: HttpRequest) -> Response:
         """The text that follows a text; no template, no pictures."""
         return await ask(service, http, CompletionRequest, service.prepare_completion, TextForm)
@@ -236,5 +236,19 @@ def adapter_folder(settings: Settings, name: str) -> Path:
 
 def takes(kind: type[BaseModel]) -> dict[str, Any]:
     """The body of a route, which it reads itself, as the OpenAPI page shall tell it."""
-    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": named(kind)}}}}
+
+
+def streamed(chunk: type[BaseModel]) -> dict[str, Any]:
+    """What stream: true gives, as the page shall tell it: events that hold chunks, perhaps an error, and [DONE] at the end."""
+    inside = {"contentMediaType": "application/json", "contentSchema": {"anyOf": [named(chunk), named(ErrorBody)]}}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, inside]}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {
+        "description": "Whole, or with stream: true as events",
+        "content": {"text/event-stream": {"itemSchema": event}},  # a word of OpenAPI 3.2 that FastAPI writes into 3.1 too
+    }
+
+
+def named(kind: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": REFERENCE.format(model=kind.__name__)}

@@ -10,8 +10,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from tessella.server.replies import ChatChunk
 from tessella.server.wire import AdapterRequest, ChatRequest, CompletionRequest
 
+BODIES = (ChatRequest, CompletionRequest, AdapterRequest)
 REFERENCE = "#/components/schemas/{model}"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
@@ -25,10 +27,10 @@ def schema(app: FastAPI) -> dict[str, Any]:
     """OpenAPI 3.1; made once."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, routes=app.routes, description="OpenAI's API, on Tessella.")
-        kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, AdapterRequest)]
-        _, bodies = models_json_schema(kinds, ref_template=REFERENCE)  # type: ignore[arg-type]
         parts = made.setdefault("components", {})
-        parts.setdefault("schemas", {}).update(bodies["$defs"])
+        for kinds, mode in ((BODIES, "validation"), ((ChatChunk,), "serialization")):
+            _, bodies = models_json_schema([(kind, mode) for kind in kinds], ref_template=REFERENCE)  # type: ignore[misc]
+            parts.setdefault("schemas", {}).update(bodies["$defs"])
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}, {}]
         app.openapi_schema = made
