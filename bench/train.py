@@ -7,7 +7,8 @@
 Both sides teach LoRA on the decoder's seven linear layers with a frozen tower and projector. transformers' side: its own InternVL
 class, PEFT's LoRA, rows padded to the longest of a step, labels on the answers, AdamW fused. Ours: the passes and the optimiser
 of `tessella finetune`, once with every picture seen for the first time and once with what the frozen tower says kept.
-The first step of each is left out. CPU time says something on a busy machine, too, with --threads 1.
+Batches are made beforehand on both sides. The first step of each is left out. CPU time says something on a busy machine, too,
+with --threads 1. --profile: what one more step of each is made of; tables go to --json, or to the screen without it.
 """
 
 import gc
@@ -24,6 +25,7 @@ from peer import native_model
 from peft import LoraConfig, get_peft_model
 from shapes import Options as Shapes
 from shapes import random_model, shape
+from torch.profiler import ProfilerActivity, profile
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from tessella.chat import Message
@@ -56,6 +58,8 @@ class Options:
     samples_per_step: int = 4
     rank: int | None = None  # of LoRA; None: 16 for nano, else 128
     compile: bool = False  # our layers
+    ways: tuple[Literal["peer", "peer-checkpointing", "lora", "full"], ...] = ()  # default: all that the shape has
+    profile: bool = False  # the kernels of one more step of each of our ways
     json: Path | None = None
 
 
@@ -70,6 +74,7 @@ class Speed:
     mfu: float  # share of the rate of a large product on this device
     first_loss: float  # of the first step, before anything is learned
     memory_gib: float  # the most that a GPU held
+    profile: tuple[str, ...] = ()  # of one more step: what the host waited for, and tables of what took longest
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Ground:
     device: torch.device
     dtype: torch.dtype
     rank: int
+    profiled: bool = False
 
 
 def main(options: Options) -> None:
@@ -89,14 +95,18 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     ground = nano(options) if options.shape == "nano" else made_up(options)
     rate = rate_of(ground.device, ground.dtype)
-    speeds = [theirs(ground, rate, checkpointing=False)]
-    if ground.device.type == "cuda" or options.shape == "tiny":
-        speeds.append(theirs(ground, rate, checkpointing=True))
-    plain = recipe_of(ground, options)
-    speeds += ours(ground, rate, plain, "Tessella, LoRA")
-    if options.shape != "nano":
-        whole = Recipe(language="full", tower="full", projector="train", compile=options.compile, learning_rate=1e-5)
-        speeds += ours(ground, rate, whole, "Tessella, everything taught")
+    many = ground.device.type == "cuda" or options.shape == "tiny"  # a CPU has no need to save memory
+    usual = ("peer", *(("peer-checkpointing",) if many else ()), "lora", *(("full",) if options.shape != "nano" else ()))
+    speeds: list[Speed] = []
+    for way in options.ways or usual:
+        if way == "lora":
+            speeds += ours(ground, rate, recipe_of(ground, options), "Tessella, LoRA")
+        elif way == "full":
+            whole = Recipe(language="full", tower="full", projector="train", compile=options.compile, learning_rate=1e-5)
+            speeds += ours(ground, rate, whole, "Tessella, everything taught")
+        else:
+            speeds.append(theirs(ground, rate, checkpointing=way == "peer-checkpointing"))
+        print(f"{speeds[-1].way}: {speeds[-1].samples_s:.2f} samples/s", flush=True)  # what is cut off then has told most
     tell(options, ground, rate, speeds)
 
 
@@ -111,7 +121,7 @@ def nano(options: Options) -> Ground:
     """The built-in model and its drawings: a question and an answer in one of two languages, of different lengths."""
     loaded = load("tessella-nano", device=options.device, dtype=options.dtype)
     rows = []
-    for index in range(options.steps * options.samples_per_step):
+    for index in range((options.steps + options.profile) * options.samples_per_step):
         food = foods()[index % len(foods())]
         asked = ("What food is in this picture?", food.english) if index % 2 else ("图中是什么食物？", food.chinese)
         turns = [Message("user", f"<image>\n{asked[0]}"), Message("assistant", asked[1])]
@@ -123,7 +133,8 @@ def nano(options: Options) -> Ground:
 
     model = loaded.model
     return Ground(
-        in_steps(rows, options), make, lambda: native_model(loaded), model.device, model.dtype, options.rank or 16
+        in_steps(rows, options), make, lambda: native_model(loaded), model.device, model.dtype, options.rank or 16,
+        options.profile,
     )  # fmt: skip
 
 
@@ -135,7 +146,7 @@ def made_up(options: Options) -> Ground:
     chance = torch.Generator().manual_seed(0)
     slot, count = config.language.vocab_size - 1, 1 if options.shape == "tiny" else TILES
     rows = []
-    for number in range(options.steps * options.samples_per_step):
+    for number in range((options.steps + options.profile) * options.samples_per_step):
         text = torch.randint(0, slot, (TEXT,), generator=chance)
         ids = torch.cat((text[: TEXT // 2], torch.full((count * config.slots_per_tile,), slot), text[TEXT // 2 :]))
         learn = torch.arange(len(ids)) >= len(ids) - ANSWER
@@ -150,7 +161,8 @@ def made_up(options: Options) -> Ground:
             return InternVLForConditionalGeneration(InternVLConfig(**raw)).to(dtype)
 
     return Ground(
-        in_steps(rows, options), lambda: random_model(config, device, dtype), peer, device, dtype, options.rank or 128
+        in_steps(rows, options), lambda: random_model(config, device, dtype), peer, device, dtype, options.rank or 128,
+        options.profile,
     )  # fmt: skip
 
 
@@ -170,8 +182,10 @@ def theirs(ground: Ground, rate: float, *, checkpointing: bool) -> Speed:
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
-    def step(rows: Sequence[ModelInput]) -> torch.Tensor:
-        batch = {name: tensor.to(ground.device) for name, tensor in padded(rows).items()}
+    batches = [padded(rows, ground.device) for rows in ground.rows]
+
+    def step(number: int) -> torch.Tensor:
+        batch = {name: tensor.to(ground.device, non_blocking=True) for name, tensor in batches[number].items()}
         batch["pixel_values"] = normalise(batch["pixel_values"], ground.dtype)
         loss = model(**batch).loss
         loss.backward()
@@ -185,19 +199,29 @@ def theirs(ground: Ground, rate: float, *, checkpointing: bool) -> Speed:
     prepare(mine, Recipe(lora_rank=ground.rank, projector="frozen"))
     work = work_of(mine, Recipe(lora_rank=ground.rank, projector="frozen"))
     del mine
-    name = "transformers + PEFT" + (", gradient checkpointing" if checkpointing else "")
-    return measured(name, ground, rate, step, lambda rows: sum(work.of(one, len(one.tiles)) for one in pack_all(rows, 2**30)))
+
+    def done(number: int) -> float:
+        return sum(work.of(one, len(one.tiles)) for one in pack_all(ground.rows[number], 2**30))
+
+    return measured("transformers + PEFT" + (", gradient checkpointing" if checkpointing else ""), ground, rate, step, done)
 
 
-def padded(rows: Sequence[ModelInput]) -> dict[str, torch.Tensor]:
-    """Rows side by side, filled up behind to the longest; labels where the answers are."""
+def padded(rows: Sequence[ModelInput], device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows side by side, filled up behind to the longest; labels where the answers are. Ready to be copied to the device."""
     longest = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     seen, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for index, row in enumerate(rows):
         ids[index, : len(row)], seen[index, : len(row)] = row.ids, 1
         labels[index, : len(row)] = torch.where(row.learn, row.ids, -100)
-    return {"input_ids": ids, "attention_mask": seen, "labels": labels, "pixel_values": torch.cat([row.tiles for row in rows])}
+    batch = {"input_ids": ids, "attention_mask": seen, "labels": labels, "pixel_values": torch.cat([row.tiles for row in rows])}
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
+
+
+def packed(rows: Sequence[ModelInput], recipe: Recipe, device: torch.device) -> StepData:
+    """The passes of a step, as the workers of finetune make them ahead of it."""
+    data = StepData(pack_all(rows, recipe.tokens_per_pass), tuple(map(str, range(len(rows)))))
+    return data.pin_memory() if device.type == "cuda" else data
 
 
 def ours(ground: Ground, rate: float, recipe: Recipe, name: str) -> list[Speed]:
@@ -206,9 +230,10 @@ def ours(ground: Ground, rate: float, recipe: Recipe, name: str) -> list[Speed]:
     model = ground.make().train()
     optimiser = Optimiser(prepare(model, recipe), recipe, 1000)
     passes, taken = Passes(model, recipe), iter(range(1000))
+    steps = [packed(rows, recipe, ground.device) for rows in ground.rows]
 
-    def step(rows: Sequence[ModelInput]) -> torch.Tensor:
-        data = StepData(pack_all(rows, recipe.tokens_per_pass), tuple(map(str, range(len(rows)))))
+    def step(number: int) -> torch.Tensor:
+        data = steps[number]
         total = torch.zeros((), device=ground.device)
         for pack in data.packs:
             share = passes.share(pack, data)
@@ -218,8 +243,8 @@ def ours(ground: Ground, rate: float, recipe: Recipe, name: str) -> list[Speed]:
         optimiser.step(next(taken))
         return total
 
-    def done(rows: Sequence[ModelInput]) -> float:
-        del rows
+    def done(number: int) -> float:
+        del number
         found, passes.done = passes.done, 0.0
         return found
 
@@ -229,29 +254,42 @@ def ours(ground: Ground, rate: float, recipe: Recipe, name: str) -> list[Speed]:
     return found
 
 
-def measured(
-    name: str, ground: Ground, rate: float, step: Callable[[Sequence[ModelInput]], torch.Tensor],
-    done: Callable[[Sequence[ModelInput]], float],
-) -> Speed:  # fmt: skip
-    """Every step but the first against the clock."""
+def measured(name: str, ground: Ground, rate: float, step: Callable[[int], torch.Tensor], done: Callable[[int], float]) -> Speed:
+    """Every step but the first against the clock; the one that is profiled comes behind them."""
     gc.collect()
     if ground.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ground.device)
-    first = float(step(ground.rows[0]))
-    done(ground.rows[0])
+    first = float(step(0))
+    done(0)
+    timed = range(1, len(ground.rows) - ground.profiled)
     wait(ground.device)
     start, cpu = time.perf_counter(), time.process_time()
     operations = 0.0
-    for rows in ground.rows[1:]:
-        step(rows)
-        operations += done(rows)
+    for number in timed:
+        step(number)
+        operations += done(number)
     wait(ground.device)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    samples, tokens = (sum(map(size, ground.rows[1:])) for size in (len, lambda rows: sum(map(len, rows))))
+    samples, tokens = (sum(size(ground.rows[number]) for number in timed) for size in (len, lambda rows: sum(map(len, rows))))
     held = torch.cuda.max_memory_allocated(ground.device) / 2**30 if ground.device.type == "cuda" else 0.0
-    speed = operations / seconds
-    return Speed(name, samples / seconds, samples / cpu, tokens / seconds, speed / rate, first, held)
+    tables = profiled(ground.device, lambda: step(len(ground.rows) - 1)) if ground.profiled else ()
+    return Speed(name, samples / seconds, samples / cpu, tokens / seconds, operations / seconds / rate, first, held, tables)
+
+
+def profiled(device: torch.device, step: Callable[[], torch.Tensor]) -> tuple[str, ...]:
+    """What a step is made of: by the device's own time, and by the host's."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])) as found:
+        start = time.perf_counter()
+        step()
+        launched = time.perf_counter() - start
+        wait(device)
+        whole = time.perf_counter() - start
+    events = found.key_averages()
+    told = f"one more step: all launched after {1000 * launched:.0f} ms, done after {1000 * whole:.0f} ms, under the profiler"
+    orders = ("self_cuda_time_total", "self_cpu_time_total") if on_gpu else ("self_cpu_time_total",)
+    return told, *(events.table(sort_by=order, row_limit=30, max_name_column_width=70) for order in orders)
 
 
 def tell(options: Options, ground: Ground, rate: float, speeds: Sequence[Speed]) -> None:
@@ -265,12 +303,15 @@ def tell(options: Options, ground: Ground, rate: float, speeds: Sequence[Speed])
     for one in speeds:
         more = f" ({one.mfu:.0%} of the rate, {one.memory_gib:.1f} GiB, first loss {one.first_loss:.4f})"
         print(f"| {one.way}{more} | {one.samples_s:.2f} | {one.samples_cpu_s:.3f} |")
-    base = max(one.samples_cpu_s for one in speeds if one.way.startswith("transformers"))
-    clock = max(one.samples_s for one in speeds if one.way.startswith("transformers"))
+    peers = [one for one in speeds if one.way.startswith("transformers")]
+    base, clock = (max((getattr(one, of) for one in peers), default=0.0) for of in ("samples_cpu_s", "samples_s"))
     for one in speeds:
-        if one.way.startswith("Tessella, LoRA"):
+        if peers and one.way.startswith("Tessella, LoRA"):
             ratios = f"{one.samples_s / clock:.2f} times by the clock, {one.samples_cpu_s / base:.2f} times by CPU time"
             print(f"\n{one.way}: {ratios} as fast as transformers + PEFT")
+    for one in speeds:
+        for table in one.profile[: 1 if options.json else None]:
+            print(f"\n{one.way}: {table}")
     if options.json:
         told = {"command": "bench/train.py", "where": asdict(where), "dtype": kind, "shape": options.shape, "rate": rate}
         options.json.write_text(json.dumps(told | {"ways": [asdict(one) for one in speeds]}, indent=2) + "\n", encoding="utf-8")
