@@ -12,6 +12,7 @@ import pytest
 from stand_in import NAME, Live, ScriptedEngine, folder, live
 
 from tessella.cli import main
+from tessella.server.connection import Connection
 
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 400}
 
@@ -41,6 +42,17 @@ def head(length: int) -> bytes:
         f"Content-Length: {length}",
     )
     return "\r\n".join((*lines, "", "")).encode()
+
+
+def test_what_is_written_goes_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Connection] = []
+    begin = Connection.connection_made
+    monkeypatch.setattr(Connection, "connection_made", lambda self, transport: (made.append(self), begin(self, transport))[1])
+    with live(ScriptedEngine()) as server, httpx2.Client(base_url=server.url) as client:
+        client.get("/health")
+        (connection,) = made
+        taken = connection.transport.get_extra_info("socket")
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # else 40 ms between two pieces
 
 
 @pytest.mark.parametrize("stream", [True, False])
