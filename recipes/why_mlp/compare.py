@@ -33,7 +33,8 @@ from tessella.inputs import ModelInput, Picture
 from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, order_of, pack
 from tessella.train.features import Kept, chosen
-from tessella.train.optimiser import learning_rate_factor
+from tessella.train.lora import Taught
+from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
 
@@ -77,7 +78,10 @@ class Run:
         self.loaded = model_with(name, place.device, seed, plan.tile_px)
         self.train, self.held_out = self._rows(train, place.cut), self._rows(held_out, place.cut)
         self.rate = place.rate or RATES.get(name, OTHERS)
-        self.passes = Passes(self.loaded.model, Recipe(language="frozen", tower="frozen", projector="train"))
+        self.recipe = Recipe(
+            language="frozen", tower="frozen", projector="train", learning_rate=self.rate, warmup_share=WARMUP, weight_decay=0.01
+        )
+        self.passes = Passes(self.loaded.model, self.recipe)
         self.passes.tiles = place.kept or self.passes.tiles
         place.kept = self.passes.tiles
         self.stage1: dict[str, Any] = {}
@@ -111,20 +115,18 @@ class Run:
     def learn(self, out: Path) -> None:
         """Learn and write a line at each measuring. Measuring is not counted among the seconds."""
         plan, connector = self.plan, self.loaded.model.mlp1
-        optimiser = torch.optim.AdamW(connector.parameters(), lr=self.rate, weight_decay=0.01)
+        learning = {f"mlp1.{name}": parameter for name, parameter in connector.named_parameters()}
+        optimiser = Optimiser(Taught(learning, ("mlp1",), False), self.recipe, plan.steps)
         epochs = range(-(-plan.steps * plan.batch // len(self.train)))
         looks = [place for epoch in epochs for place in order_of(len(self.train), self.seed, epoch)]
         seconds, recent = 0.0, []
         for step in range(plan.steps):
             start = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = self.rate * learning_rate_factor(step, plan.steps, WARMUP)
             one = pack([self.train[place] for place in looks[step * plan.batch : (step + 1) * plan.batch]])
             loss = self.passes.loss(one) / len(one.targets)
-            optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
-            optimiser.step()
+            optimiser.accumulate()
+            optimiser.step(step)
             recent.append(loss.item())  # waits for the device, so that the clock is honest
             seconds += time.perf_counter() - start
             if (step + 1) % max(1, plan.steps // plan.measurings) == 0 or step + 1 == plan.steps:
@@ -215,8 +217,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=None, help="peak learning rate of every connector")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="CONNECTOR")
     args = parser.parse_args()
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
     plan = SMALL if args.small else Plan()
     if torch.cuda.is_available() and len(args.seeds) > 1 and not args.one_by_one:
         side_by_side(args.out, args.seeds)

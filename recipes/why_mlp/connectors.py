@@ -12,6 +12,7 @@ from tessella.checkpoint.read import Loaded, load
 from tessella.config import ConnectorConfig, ModelConfig, QFormerConfig
 from tessella.inputs import Inputs
 from tessella.model.connectors import Connector
+from tessella.model.device import choose_device
 
 STAGED = "q-former after stage 1"
 # 14 times the pixel-shuffle MLP's parameters, as BLIP-2's 105 M are 8 times InternVL2-2B's 12.6 M.
@@ -27,12 +28,13 @@ VARIANTS = {
 
 
 def model_with(name: str, device: str, seed: int, tile_px: int) -> Loaded:
-    """The built-in model with that connector, in float32; all but the connector is frozen."""
-    loaded = load("tessella-nano", device=device, dtype="float32", max_tiles=1)
+    """The built-in model with that connector; all but the connector is frozen. In bfloat16 on a GPU, else in float32."""
+    device = choose_device(device).type
+    loaded = load("tessella-nano", device=device, dtype="bfloat16" if device == "cuda" else "float32", max_tiles=1)
     config = replace(loaded.config, connector=VARIANTS[name], max_tiles=1, tile_size_px=tile_px)
     torch.manual_seed(seed)
     model = loaded.model.requires_grad_(False)
-    model.config, model.mlp1 = config, Connector(config).to(model.device)
+    model.config, model.mlp1 = config, Connector(config).to(model.device, model.dtype)
     return replace(loaded, inputs=Inputs(config, loaded.tokenizer, max_tiles=1), config=config)
 
 

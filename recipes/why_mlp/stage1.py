@@ -60,7 +60,7 @@ def teach(
         for group in optimiser.param_groups:
             group["lr"] = RATE * learning_rate_factor(step, steps, WARMUP)
         ids = captions.ids([names[place] for place in places]).to(features.device)
-        losses = stage(features[places].flatten(1, 2), ids, ids != PAD, generate_id=GENERATE, chance=chance)
+        losses = stage(features[places].flatten(1, 2).float(), ids, ids != PAD, generate_id=GENERATE, chance=chance)
         optimiser.zero_grad()
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
