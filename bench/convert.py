@@ -1,19 +1,23 @@
-"""How fast is converting beside copying? A folder of a published model's widths, random numbers, official -> native -> official.
+"""How fast is converting beside copying? A folder of a published model's widths, official -> native -> official.
 
-In: a place with room for three such folders, a published name, how many layers of it.  Out: a table in Markdown.
-Each way is measured as `cp` and sync of the same folder, writing alone, and convert with its proof, one after the other.
-Before each of them the page cache lets go of what is read, so that all read from the disk.
+In: a place with room for three such folders (two with --sparse), a published name, how many layers of it.
+Out: a table in Markdown. Each way is measured as writing alone (which hashes and syncs too) and as convert with its proof, each
+between two runs of `cp` and sync of the same folder, in a process of its own. Before each of them the page cache lets go of what
+is read, so that all read from the disk. --sparse: the source is all holes, which cost a reader nothing.
 
-    python bench/convert.py WORK --name InternVL2-26B --layers 9
+    python bench/convert.py WORK --name InternVL2-26B --layers 6
+    python bench/convert.py WORK --name InternVL2-26B --layers 20 --sparse
 """
 
 import argparse
+import math
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +26,11 @@ from torch import Tensor
 
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.convert import Wish, convert
+from tessella.checkpoint.folder import check_room
 from tessella.checkpoint.layout import generation_config, official_config, preprocessor_config
 from tessella.checkpoint.published import published_config
 from tessella.checkpoint.source import Source, open_source
-from tessella.checkpoint.weights import INDEX, Entry, write_file
+from tessella.checkpoint.weights import Entry, header_of, write_file
 from tessella.checkpoint.write import plan_shards, stored_entries, write_index, write_json, write_model
 from tessella.config import ModelConfig
 
@@ -33,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 
 SHARD_BYTES = 5 * 10**9
+KEPT_FREE = 10**10  # bytes of the disk that stay free
 BLOCK_NUMBERS = 2**26 - 5  # random numbers that are laid down again and again, in step with no row
 
 
@@ -45,7 +51,11 @@ def shortened(name: str, layers: int | None) -> ModelConfig:
     return replace(config, vision=vision, language=replace(config.language, num_layers=min(layers, config.language.num_layers)))
 
 
-def make_folder(folder: Path, config: ModelConfig) -> None:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
+
+
+def make_folder(folder: Path, config: ModelConfig, sparse: bool) -> None:
     """An official folder of that config in bfloat16, with the tests' tiny tokenizer: its prompts need one."""
     block = (torch.randn(BLOCK_NUMBERS, generator=torch.Generator().manual_seed(0)) / 50).bfloat16()
     begin = 0
@@ -57,12 +67,15 @@ def make_folder(folder: Path, config: ModelConfig) -> None:
         turned = torch.cat([block[begin:], block[:begin]])
         return turned.repeat(-(-count // BLOCK_NUMBERS))[:count].reshape(shape)
 
-    shapes = {name: tuple(weight.shape) for name, weight in blank_model(config).named_parameters()}
+    shapes = parameter_shapes(config)
     parameters = [Entry(name, shape, torch.bfloat16, lambda shape=shape: make(shape)) for name, shape in shapes.items()]  # type: ignore[misc]
     shards = plan_shards(stored_entries(parameters, "official", config.language), SHARD_BYTES)
     folder.mkdir(parents=True)
     for name, part in shards.items():
-        write_file(folder / name, part)
+        if sparse:
+            write_holes(folder / name, part)
+        else:
+            write_file(folder / name, part)
     if len(shards) > 1:
         write_index(folder, shards)
     tokenizer = tiny.tiny_tokenizer()
@@ -72,6 +85,13 @@ def make_folder(folder: Path, config: ModelConfig) -> None:
     write_json(folder / "generation_config.json", generation_config({}, [tokenizer.token_to_id("<|im_end|>")]))
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", tokens)
+
+
+def write_holes(path: Path, entries: Sequence[Entry]) -> None:
+    """A safetensors file whose numbers are all 0 and take no room."""
+    header, end = header_of(entries)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + end)
 
 
 def forget(folder: Path) -> None:
@@ -130,11 +150,36 @@ def measure(how: str, source: Path, out: Path, to: str) -> tuple[float, float, f
     return wall, cpu, peak
 
 
+def measured_ways(work: Path, source: Path, out: Path, to: str) -> None:
+    """The rows of one way, cp among them; a speed is told beside the mean of the two copies around it."""
+    copies: list[float] = []
+    waiting: list[tuple[str, float, float, float]] = []
+    for how in ("cp", "write", "cp", "convert", "cp"):
+        wall, cpu, peak = measure(how, source, work / "copy" if how == "cp" else out, to)
+        if how == "cp":
+            shutil.rmtree(work / "copy")
+            for name, *told in waiting:
+                show(to, name, *told, (copies[-1] + wall) / 2 / told[0])
+            copies.append(wall)
+            waiting.clear()
+            show(to, how, wall, cpu, peak, None)
+        else:
+            waiting.append((how, wall, cpu, peak))
+        if how == "write":
+            shutil.rmtree(out)
+
+
+def show(to: str, how: str, wall: float, cpu: float, peak: float, share: float | None) -> None:
+    told = "" if share is None else f"{share:.2f}"
+    print(f"| to {to} | {how} | {wall:.1f} s | {told} | {cpu:.1f} s | {peak / 1e9:.2f} GB |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--name", default="InternVL2-26B")
-    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--layers", type=int, default=None, help="at most so many of the tower and of the decoder")
+    parser.add_argument("--sparse", action="store_true", help="a source of holes; on the way back it is one of zeros")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--to", default="native", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
@@ -143,24 +188,20 @@ def main() -> None:
         one(told.one, told.source, told.work, told.to)
         return
     config = shortened(told.name, told.layers)
+    told.work.mkdir(parents=True, exist_ok=True)
+    size = 2 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
     official, native, back = (told.work / name for name in ("official", "native", "back"))
-    if not (official / "generation_config.json").is_file():
-        make_folder(official, config)
-    size = sum(path.stat().st_size for path in official.rglob("*") if path.is_file())
+    check_room(told.work, size * (2 if told.sparse else 3) + KEPT_FREE)
+    make_folder(official, config, told.sparse)
     shards = len(list(official.glob("*.safetensors")))
-    print(f"{told.name}, {size / 1e9:.2f} GB in {shards} files ({'sharded' if (official / INDEX).is_file() else 'single'})\n")
+    kind = "holes" if told.sparse else "random"
+    print(f"{told.name}, {told.layers or 'all'} layers, {size / 1e9:.2f} GB in {shards} files, {kind}\n")
     print("| way | what | wall | of cp's speed | CPU | peak memory |\n| --- | --- | --- | --- | --- | --- |")
-    for to, source, out in (("native", official, native), ("official", native, back)):
-        base = None
-        for how in ("cp", "write", "convert", "cp"):
-            place = told.work / "copy" if how == "cp" else out
-            wall, cpu, peak = measure(how, source, place, to)
-            base = base or wall
-            print(f"| to {to} | {how} | {wall:.1f} s | {base / wall:.2f} | {cpu:.1f} s | {peak / 1e9:.2f} GB |", flush=True)
-            if how == "cp":
-                shutil.rmtree(place)
-        if to == "official":
-            shutil.rmtree(out)
+    measured_ways(told.work, official, native, "native")
+    shutil.rmtree(official)
+    measured_ways(told.work, native, back, "official")
+    shutil.rmtree(native)
+    shutil.rmtree(back)
 
 
 if __name__ == "__main__":

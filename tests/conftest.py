@@ -1,5 +1,7 @@
 """What every test gets: two torch threads, a fixed seed, no deadlines, no model hub, and no gpu tests without CUDA."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,8 +12,10 @@ settings.load_profile("tessella")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Two workers share two cores in `make test`; more threads than cores make small matrices slower, not faster.
-    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
+    # Two workers share two cores in `make test`; more threads than cores make small matrices slower, not faster: on a busy
+    # machine two threads wait for each other, and a test of 0.6 s took 21. Whoever says OMP_NUM_THREADS is believed.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -234,8 +234,8 @@ def test_either_of_the_two_rope_key_sets_says_all(tmp_path: Path, name: str, key
 
 def test_a_rope_base_that_stands_there_twice_must_be_the_same(tmp_path: Path) -> None:
     raw = native_config(tiny.family("Qwen2"), "float32", image_token_id=7, end_id=8)
-    raw["text_config"]["rope_theta"] = 5e5
-    with pytest.raises(ConfigError, match=r"rope_theta is 500000\.0, but 10000\.0 in rope_parameters"):
+    raw["text_config"]["rope_theta"] = NATIVE_ROPE_THETA
+    with pytest.raises(ConfigError, match=r"rope_theta is 10000\.0, but 1000000\.0 in rope_parameters"):
         model_config(raw)
 
 

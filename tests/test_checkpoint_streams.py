@@ -15,7 +15,7 @@ import tiny
 from tessella.checkpoint import streams, write
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.folder import sha256_of
-from tessella.checkpoint.streams import NewFile, Span, new_buffers
+from tessella.checkpoint.streams import NewFile, Span, pieces
 from tessella.checkpoint.weights import Entry, Weights, entries_of, write_file
 from tessella.errors import CheckpointError
 
@@ -75,14 +75,14 @@ def test_what_is_written_in_odd_pieces_is_read_from_odd_places(
     for begin, end in ((0, size), (size // 3, size), (min(7, size), size - size // 5), (size, size)):
         for past_cache in (False, True):
             span = Span(tmp_path / "x", begin, end - begin, "w", past_cache)
-            assert b"".join(bytes(piece) for piece in span.pieces(new_buffers(1))) == content[begin:end]
+            assert b"".join(bytes(piece) for piece in pieces([span], stand=1)) == content[begin:end]
 
 
 @pytest.mark.parametrize("past_cache", [False, True])
 def test_a_file_that_ends_within_a_span_is_told(tmp_path: Path, past_cache: bool) -> None:
     (tmp_path / "x").write_bytes(bytes(9000))
     with pytest.raises(CheckpointError, match=r"x ends within w; it was changed meanwhile"):
-        list(Span(tmp_path / "x", 10, 8991, "w", past_cache).pieces(new_buffers(1)))
+        list(pieces([Span(tmp_path / "x", 10, 8991, "w", past_cache)], stand=1))
 
 
 def test_a_tensor_that_only_changes_its_name_is_copied_and_never_made(tmp_path: Path, small_pieces: None) -> None:
@@ -93,7 +93,7 @@ def test_a_tensor_that_only_changes_its_name_is_copied_and_never_made(tmp_path: 
     def never() -> torch.Tensor:
         raise AssertionError("made")
 
-    renamed = [Entry(f"new.{n}", weights.shapes[n], weights.dtypes[n], never, weights.span(n)) for n in sorted(state)]
+    renamed = [Entry(f"new.{n}", weights.shapes[n], weights.dtypes[n], never, weights.strips(n)) for n in sorted(state)]
     made = entries_of({"made": torch.arange(12345.0)})
     seen: list[int] = []
     digest = write_file(tmp_path / "to.safetensors", [*renamed[:4], *made, *renamed[4:]], seen.append)

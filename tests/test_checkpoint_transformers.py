@@ -94,7 +94,7 @@ def test_an_official_folders_config_tokenizer_and_template_open_in_transformers(
     assert found.architectures == ["InternVLChatModel"] and found.template == config.template
     assert found.llm_config.hidden_size == config.language.hidden_size
     rope = getattr(found.llm_config, "rope_parameters", None) or {}  # transformers 5 moves it there
-    assert rope.get("rope_theta", getattr(found.llm_config, "rope_theta", None)) == 1e4
+    assert rope.get("rope_theta", getattr(found.llm_config, "rope_theta", None)) == config.language.rope_theta
     assert found.vision_config.qk_normalization is config.vision.qk_norm
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     inputs = Inputs.load(out, config)

@@ -21,10 +21,11 @@ from tessella.checkpoint import write
 from tessella.checkpoint.adapters import AdapterSettings, save_adapter
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.folder import UNFINISHED
+from tessella.checkpoint.layout import native_config
 from tessella.checkpoint.proof import prove
 from tessella.checkpoint.source import open_source
 from tessella.checkpoint.weights import INDEX, Weights, write_file
-from tessella.config import VisionConfig
+from tessella.config import NATIVE_ROPE_THETA, VisionConfig, load_config
 from tessella.errors import CheckpointError, ConfigError, TessellaError
 
 INTERNLM2, LLAMA = "InternLM2ForCausalLM", "LlamaForCausalLM"
@@ -99,6 +100,33 @@ def test_a_changed_tensor_is_found_and_named(
 
 
 @pytest.mark.parametrize(
+    ("architecture", "stored", "k", "v"),
+    [  # rows of the tiny wqkv: two groups of two query heads, a key, a value, 16 each; of qkv_proj: 64 of q, 32 of k, 32 of v
+        (INTERNLM2, "attention.wqkv", slice(96, 112), slice(112, 128)),
+        ("Phi3ForCausalLM", "self_attn.qkv_proj", slice(64, 96), slice(96, 128)),
+    ],
+)
+def test_k_and_v_swapped_within_a_fused_tensor_are_found(
+    tmp_path: Path, architecture: str, stored: str, k: slice, v: slice
+) -> None:
+    base = tiny.tiny_folder(tmp_path / "base", architecture)
+    native = convert(base, tmp_path / "native", Wish(to="native", proof="tensors")).folder
+    twin = Path(shutil.copytree(base, tmp_path / "twin"))
+
+    def swap(state: dict[str, Tensor]) -> None:
+        rows = state[f"{LAYER}.{stored}.weight"]
+        rows[k], rows[v] = rows[v].clone(), rows[k].clone()
+
+    change_tensors(twin, swap)
+    for intact in (base, native):
+        proofs = prove(open_source(intact), open_source(twin), mode="tensors")
+        assert not proofs.holds and len(proofs.tensors.differing) == 2
+        for name, told in zip(("k_proj", "v_proj"), proofs.tensors.differing, strict=True):
+            assert f"{LAYER}.self_attn.{name}.weight differs" in told
+        assert ("its numbers stand in" in proofs.tensors.differing[0]) == (architecture != INTERNLM2)  # all of k, or one head
+
+
+@pytest.mark.parametrize(
     ("file", "path", "to", "told"),
     [
         ("config.json", ("llm_config", "rope_theta"), 5e5, "language.rope_theta is 10000.0 and 500000.0"),
@@ -122,6 +150,42 @@ def test_a_changed_config_template_or_tokenizer_is_found(
     assert any(told in words for _, words, equal in proofs.rows() if equal is False)
 
 
+@pytest.fixture(params=[name for name in tiny.FAMILIES if tiny.family(name).language.rope_theta != NATIVE_ROPE_THETA])
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of each family that is not published with the base of the rotary angles that transformers fills in."""
+    config = tiny.family(request.param)
+    return tiny.tiny_folder(tmp_path / "published", config.language.architecture, config=config)
+
+
+def test_a_rope_base_of_1e4_is_found_in_every_family_that_has_another(published: Path, tmp_path: Path) -> None:
+    told = f"language.rope_theta is {load_config(published).language.rope_theta} and 10000.0"
+    native = convert(published, tmp_path / "native", Wish(to="native", proof="tensors")).folder
+    twin = Path(shutil.copytree(published, tmp_path / "twin"))
+    change_json(twin / "config.json", "llm_config", "rope_theta", to=NATIVE_ROPE_THETA)
+    for path in (("rope_theta",), ("rope_parameters", "rope_theta")):
+        change_json(native / "config.json", "text_config", *path, to=NATIVE_ROPE_THETA)
+    for spoilt in (twin, native):
+        proofs = prove(open_source(published), open_source(spoilt), mode="tensors")
+        assert not proofs.holds and proofs.config == (told,) and not proofs.tensors.differing
+    # and it is no mere word: the answers are others
+    proofs = prove(open_source(published), open_source(twin), mode="logits")
+    assert proofs.logits is not None and not proofs.logits.holds and proofs.largest_difference > 0.1
+
+
+def test_a_native_config_without_its_rope_base_is_found(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tutorial's readers lost: the reader then fills in 1e4, and nothing is said."""
+
+    def forgetful(*args: Any, **options: Any) -> dict[str, Any]:
+        raw = native_config(*args, **options)
+        del raw["text_config"]["rope_theta"], raw["text_config"]["rope_parameters"]
+        return raw
+
+    monkeypatch.setattr(write, "native_config", forgetful)
+    with pytest.raises(CheckpointError, match=r"rope_theta is .* and 10000\.0"):
+        convert(published, tmp_path / "out", Wish(to="native"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_native_folder_that_lost_its_template_is_found(base: Path, tmp_path: Path) -> None:
     native = convert(base, tmp_path / "native", Wish(to="native")).folder
     raw = json.loads((native / "config.json").read_text())
@@ -140,7 +204,7 @@ def test_what_the_writer_does_wrong_is_found_before_the_folder_gets_its_name(
         by_name = {entry.name: entry for entry in entries}
         k, v = f"{LAYER}.self_attn.k_proj.weight", f"{LAYER}.self_attn.v_proj.weight"
         others = [by_name[{k: v, v: k}.get(entry.name, entry.name)] for entry in entries]
-        swapped = [replace(entry, make=other.make, span=other.span) for entry, other in zip(entries, others, strict=True)]
+        swapped = [replace(entry, make=other.make, strips=other.strips) for entry, other in zip(entries, others, strict=True)]
         return write_file(path, swapped, advance)
 
     monkeypatch.setattr(write, "write_file", careless)

@@ -35,6 +35,8 @@ FAMILIES = {
     "Qwen3": "Qwen3ForCausalLM",
     "Phi-3": "Phi3ForCausalLM",
 }
+# The base of the rotary angles that each family's decoders are published with. transformers fills in 1e4 where none is told.
+ROPE_THETAS = {"Yi": 5e6, "Llama 3.1": 5e5, "Phi-3": 1e4, "InternLM3": 5e7}
 CONTROL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|plugin|>", "<|interpreter|>", "<|action_end|>")
 CONTROL_TOKENS += ("<|action_start|>", "<|im_end|>", "<|im_start|>")
 IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
@@ -103,6 +105,7 @@ def tiny_config(architecture: str, *, tie_embeddings: bool = False) -> ModelConf
 def family(name: str) -> ModelConfig:
     """A tiny model of one family of published checkpoints; each also has something that only its kind has."""
     config = tiny_config(FAMILIES[name])
+    config = replace(config, language=replace(config.language, rope_theta=ROPE_THETAS.get(name, 1e6)))
     if name == "Llama 3.1":
         config = replace(config, language=replace(config.language, rope_llama3=Llama3Rope(8.0, 1.0, 4.0, 64)))
     if name in ("Yi", "InternVL-Chat 1.5"):  # the families with the 6B tower

@@ -10,21 +10,23 @@ huggingface/transformers at 5.23.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from tessella.checkpoint.relative_names import BLIP2, CLIP, INSTRUCTBLIP, LLAVA
+from tessella.checkpoint.streams import Strips, joined
 from tessella.config import LanguageConfig, ModelConfig
 from tessella.errors import CheckpointError
 
 # transformers has a layout for each of the relatives
 Layout = Literal["official", "native", "llava", "llava_next", "blip2", "instructblip"]
-Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see cut_rows)
+Rows = Literal["equal", "qkv", "grouped"]  # equal parts; q, k, v one after another; InternLM2's order (see row_order)
+Rowed = TypeVar("Rowed", Tensor, Strips)  # numbers in memory, or where their bytes lie in files
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -41,11 +43,11 @@ class Group:
     stored: tuple[str, ...]
     rows: Rows = "equal"
 
-    def to_ours(self, stored: Sequence[Tensor], language: LanguageConfig) -> dict[str, Tensor]:
+    def to_ours(self, stored: Sequence[Rowed], language: LanguageConfig) -> dict[str, Rowed]:
         """The stored tensors, in the group's order -> our parameters."""
         return dict(zip(self.ours, _regrouped(stored, len(self.ours), self.rows, language, self.stored), strict=True))
 
-    def to_stored(self, ours: Sequence[Tensor], language: LanguageConfig) -> dict[str, Tensor]:
+    def to_stored(self, ours: Sequence[Rowed], language: LanguageConfig) -> dict[str, Rowed]:
         """Our parameters, in the group's order -> the stored tensors."""
         return dict(zip(self.stored, _regrouped(ours, len(self.stored), self.rows, language, self.ours), strict=True))
 
@@ -228,33 +230,50 @@ def row_counts(total: int, rows: Rows, language: LanguageConfig, parts: int, nam
     return heads * d, groups * d, groups * d
 
 
-def cut_rows(fused: Tensor, rows: Rows, language: LanguageConfig, parts: int = 3, name: str = "wqkv") -> tuple[Tensor, ...]:
-    """The rows of a fused tensor -> those of its parts. Works for weights, biases and the B of a low-rank pair.
+def row_order(counts: Sequence[int], rows: Rows, language: LanguageConfig) -> Iterator[tuple[int, slice]]:
+    """How the rows of a fused tensor lie: (number of the part, its rows) one after another. counts: rows of each part.
 
     "equal": parts of one size. "qkv": H d rows of q, K d of k, K d of v. "grouped": for each key-value head its H / K query
-    heads, its key, its value, d rows each -> q (H d, …), k (K d, …), v (K d, …), in the order of the heads.
+    heads, its key, its value, d rows each.
+    """
+    groups = language.num_kv_heads if rows == "grouped" else 1
+    for group in range(groups):
+        for part, count in enumerate(counts):
+            height = count // groups
+            yield part, slice(group * height, (group + 1) * height)
+
+
+def cut_rows(fused: Rowed, rows: Rows, language: LanguageConfig, parts: int = 3, name: str = "wqkv") -> tuple[Rowed, ...]:
+    """The rows of a fused tensor -> those of its parts. Works for weights, biases and the B of a low-rank pair.
+
+    "grouped" -> q (H d, …), k (K d, …), v (K d, …), in the order of the heads.
     Raises CheckpointError when the number of rows does not fit.
     """
-    counts = row_counts(fused.shape[0], rows, language, parts, name)
-    if rows != "grouped":
-        return fused.split(counts)
-    groups, d, rest = language.num_kv_heads, language.head_dim, fused.shape[1:]
-    shared = language.num_heads // groups
-    grouped = fused.reshape(groups, shared + 2, d, *rest)
-    return tuple(part.reshape(-1, *rest) for part in (grouped[:, :shared], grouped[:, shared], grouped[:, shared + 1]))
+    cut: list[list[Rowed]] = [[] for _ in range(parts)]
+    begin = 0
+    for part, there in row_order(row_counts(len(fused), rows, language, parts, name), rows, language):
+        end = begin + there.stop - there.start
+        cut[part].append(fused[begin:end])
+        begin = end
+    return tuple(_in_one(pieces) for pieces in cut)
 
 
-def fuse_rows(parts: Sequence[Tensor], rows: Rows, language: LanguageConfig) -> Tensor:
+def fuse_rows(parts: Sequence[Rowed], rows: Rows, language: LanguageConfig) -> Rowed:
     """The inverse of cut_rows."""
-    if rows != "grouped":
-        return torch.cat(list(parts))
-    groups, d, rest = language.num_kv_heads, language.head_dim, parts[0].shape[1:]
-    return torch.cat([part.reshape(groups, -1, d, *rest) for part in parts], dim=1).reshape(-1, *rest)
+    return _in_one([parts[part][there] for part, there in row_order([len(part) for part in parts], rows, language)])
+
+
+def _in_one(pieces: Sequence[Rowed]) -> Rowed:
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0], Tensor):
+        return torch.cat(list(pieces))
+    return joined(pieces)
 
 
 def _regrouped(
-    given: Sequence[Tensor], wanted: int, rows: Rows, language: LanguageConfig, names: tuple[str, ...]
-) -> tuple[Tensor, ...]:
+    given: Sequence[Rowed], wanted: int, rows: Rows, language: LanguageConfig, names: tuple[str, ...]
+) -> tuple[Rowed, ...]:
     assert len(given) == len(names) and 1 in (wanted, len(given))
     if len(given) == wanted:
         return tuple(given)

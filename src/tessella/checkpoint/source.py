@@ -24,7 +24,7 @@ from tessella.checkpoint.lowrank import layout_of as layout_of_names
 from tessella.checkpoint.names import Layout, group_of, native_layout
 from tessella.checkpoint.read import check_weights, find_model, layout_of, names_in, resolve_head
 from tessella.checkpoint.routing import last_routing, routing_in
-from tessella.checkpoint.streams import Span
+from tessella.checkpoint.streams import Strips
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, Weights, open_weights, some
 from tessella.checkpoint.xtuner import LoraScale, is_xtuner, lora_scales, read_xtuner
 from tessella.config import ModelConfig, is_native, load_config, read_config_json
@@ -125,11 +125,12 @@ class Source:
             self._last.parts = parts  # what is stored together here is asked for part after part, and the other way round
         return self._last.parts[name]
 
-    def span(self, name: str) -> Span | None:
-        """Where exactly this parameter's bytes lie; None when it is put together of several, or changed by the adapter."""
+    def strips(self, name: str) -> Strips | None:
+        """Where exactly this parameter's bytes lie; None when the adapter changes it, or its parts are of several types."""
         group = group_of(name, self.layout, self.config.language)
-        is_plain = len(group.ours) == len(group.stored) and not self.touches(name)
-        return self.weights.span(group.stored[0]) if is_plain else None
+        if self.touches(name) or len({self.weights.dtypes[stored] for stored in group.stored}) > 1:
+            return None
+        return group.to_ours([self.weights.strips(stored) for stored in group.stored], self.config.language)[name]
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter with the adapter merged, in dtype or as stored. It is rounded once, however it is stored."""
@@ -159,8 +160,8 @@ class Source:
         entries = []
         for name, shape in self.shapes.items():
             stored = self.dtype(name)
-            span = self.span(name) if dtype in (None, stored) else None
-            entries.append(Entry(name, shape, dtype or stored, partial(self.tensor, name, dtype), span))
+            strips = self.strips(name) if dtype in (None, stored) else None
+            entries.append(Entry(name, shape, dtype or stored, partial(self.tensor, name, dtype), strips))
         return entries
 
     def num_bytes(self) -> int:

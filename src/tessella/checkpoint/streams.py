@@ -1,6 +1,7 @@
 """Bytes between files, a piece at a time, past the page cache where a file is large.
 
-In: a place in a file, or pieces.  Out: pieces, or a file.
+In: places in files, or bytes in memory.  Out: pieces in order, or a file.
+A disk is at its fastest when it always has something to do next: pieces are read several at once, ahead of their turn.
 The page cache costs a processor more than the disk does: over 1 s for a GB that is written, 0.2 s past it (results/convert.md).
 What is read past it comes from the disk, and so it is what was really written. Where a system or a file system does not know
 how (O_DIRECT), the usual way is taken.
@@ -10,8 +11,10 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from tessella.errors import CheckpointError
 
 PIECE_BYTES = 4 * 2**20  # fits a processor's cache, so that what one thread has read the next ones find there
 BLOCK_BYTES = 4096  # past the page cache, places, lengths and memory are multiples of this
+READERS = 3  # pieces that are read at once
 LARGE_BYTES = 2**28  # smaller files go through the page cache, where whoever opens them next finds them
 
 
@@ -31,7 +35,7 @@ def is_large(num_bytes: int) -> bool:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file that are a whole tensor. past_cache: read from the disk itself."""
+    """Bytes that lie together in a file. past_cache: read from the disk itself."""
 
     file: Path
     begin: int
@@ -39,20 +43,116 @@ class Span:
     name: str  # of the tensor, for messages
     past_cache: bool = False
 
-    def pieces(self, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-        """The bytes, piece by piece, each read into the next of the buffers. Raises CheckpointError when the file ends early."""
-        handle, step = _opened(self.file, os.O_RDONLY, self.past_cache)
-        try:
-            for done in range(0, self.num_bytes, PIECE_BYTES):
-                begin, wanted = self.begin + done, min(PIECE_BYTES, self.num_bytes - done)
-                before = begin % step  # bytes of the block that belong to somebody else
-                room = next(buffers)[: -(-(before + wanted) // step) * step]
-                if read_into(handle, room, begin - before, before + wanted) < before + wanted:
-                    raise CheckpointError(
-                        f"{self.file} ends within {self.name}; it was changed meanwhile: fetch or write it again"
-                    )
-                yield room[before : before + wanted]
-        finally:
+    def part(self, begin: int, num_bytes: int) -> "Span":
+        """Some of them, counted from the first."""
+        assert 0 <= begin <= begin + num_bytes <= self.num_bytes, f"{begin} + {num_bytes} of {self}"
+        return replace(self, begin=self.begin + begin, num_bytes=num_bytes)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """The bytes of a tensor as they lie in files, row after row: in one span, or in several. Rows are taken as a tensor's are."""
+
+    spans: tuple[Span, ...]
+    rows: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.num_bytes for span in self.spans)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, wanted: slice) -> "Strips":
+        first, last, step = wanted.indices(self.rows)
+        assert step == 1 and first <= last
+        row_bytes = self.num_bytes // max(1, self.rows)
+        left, right = first * row_bytes, last * row_bytes  # counted from the first byte of the span
+        spans = []
+        for span in self.spans:
+            begin, end = max(0, left), min(span.num_bytes, right)
+            if begin < end:
+                spans.append(span.part(begin, end - begin))
+            left, right = left - span.num_bytes, right - span.num_bytes
+        return Strips(tuple(spans), last - first)
+
+
+def joined(parts: Sequence[Strips]) -> Strips:
+    """One tensor of the rows of several."""
+    return Strips(tuple(span for part in parts for span in part.spans), sum(part.rows for part in parts))
+
+
+def from_disk(strips: Strips) -> Strips:
+    """The same, read past the page cache where the file is large."""
+    sizes = {span.file: span.file.stat().st_size for span in strips.spans}
+    return replace(strips, spans=tuple(replace(span, past_cache=is_large(sizes[span.file])) for span in strips.spans))
+
+
+def side_by_side(a: Strips, b: Strips) -> Iterator[tuple[Span, Span]]:
+    """Two of one size, cut at the same places."""
+    assert a.num_bytes == b.num_bytes
+    left, right = ([span for span in reversed(strips.spans) if span.num_bytes] for strips in (a, b))
+    while left:
+        one, other = left.pop(), right.pop()
+        size = min(one.num_bytes, other.num_bytes, PIECE_BYTES)
+        yield one.part(0, size), other.part(0, size)
+        left += [one.part(size, one.num_bytes - size)] if size < one.num_bytes else []
+        right += [other.part(size, other.num_bytes - size)] if size < other.num_bytes else []
+
+
+def pieces(sources: Iterable[Span | memoryview], stand: int) -> Generator[memoryview, None, None]:
+    """The bytes of all, one after another, in pieces of at most PIECE_BYTES. A piece stands until so many others were asked for.
+
+    Raises CheckpointError when a file ends early.
+    """
+    rooms = cycle([memoryview(mmap.mmap(-1, PIECE_BYTES + BLOCK_BYTES)) for _ in range(READERS + stand)])
+    ahead: deque[Future[memoryview] | memoryview] = deque()
+    with _Files() as files, ThreadPoolExecutor(READERS) as pool:
+        for bit in _cut(sources):
+            ahead.append(bit if isinstance(bit, memoryview) else pool.submit(_read, bit, *files.opened(bit), next(rooms)))
+            if len(ahead) > READERS:
+                yield _come(ahead.popleft())
+        while ahead:
+            yield _come(ahead.popleft())
+
+
+def _cut(sources: Iterable[Span | memoryview]) -> Iterator[Span | memoryview]:
+    for source in sources:
+        size = len(source) if isinstance(source, memoryview) else source.num_bytes
+        for begin in range(0, size, PIECE_BYTES):
+            end = min(begin + PIECE_BYTES, size)
+            yield source[begin:end] if isinstance(source, memoryview) else source.part(begin, end - begin)
+
+
+def _come(piece: Future[memoryview] | memoryview) -> memoryview:
+    return piece if isinstance(piece, memoryview) else piece.result()
+
+
+def _read(span: Span, handle: int, step: int, room: memoryview) -> memoryview:
+    before = span.begin % step  # bytes of the block that belong to somebody else
+    wanted = before + span.num_bytes
+    if read_into(handle, room[: -(-wanted // step) * step], span.begin - before, wanted) < wanted:
+        raise CheckpointError(f"{span.file} ends within {span.name}; it was changed meanwhile: fetch or write it again")
+    return room[before:wanted]
+
+
+class _Files:
+    """The files that are read from, each opened once."""
+
+    def __init__(self) -> None:
+        self._handles: dict[tuple[Path, bool], tuple[int, int]] = {}
+
+    def opened(self, span: Span) -> tuple[int, int]:
+        key = (span.file, span.past_cache)
+        if key not in self._handles:
+            self._handles[key] = _opened(span.file, os.O_RDONLY, span.past_cache)
+        return self._handles[key]
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle, _step in self._handles.values():
             os.close(handle)
 
 
@@ -69,11 +169,6 @@ def read_into(handle: int, room: memoryview, begin: int, wanted: int) -> int:
             break
         done += got
     return done
-
-
-def new_buffers(count: int) -> Iterator[memoryview]:
-    """Room for so many pieces, given out in turn for ever; each begins at a block and has one to spare."""
-    return cycle([memoryview(mmap.mmap(-1, PIECE_BYTES + BLOCK_BYTES)) for _ in range(count)])
 
 
 def _opened(path: Path, flags: int, past_cache: bool) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 In: a folder with model.safetensors, or shards and an index.  Out: names, shapes, tensors; nothing is read before asked for.
 A mapped tensor (weights[name]) costs no copy, but the pages it touches stay in our memory; a tensor that is read
 (weights.read(name)) is a copy that goes when its user lets go of it. Running a model maps, streaming a folder reads.
-A tensor that only gets another name is not made at all: its bytes pass from file to file in pieces (weights.span(name)).
+A tensor that only gets another name, or its rows another order, is not made at all: its bytes pass from file to file in pieces
+(weights.strips(name)).
 Only safetensors: a pickle of a stranger is never opened.
 Source of the format: huggingface/safetensors, README ("Format").
 """
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tessella.checkpoint.streams import PIECE_BYTES, NewFile, Span, new_buffers, read_into
+from tessella.checkpoint.streams import NewFile, Span, Strips, pieces, read_into
 from tessella.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -37,8 +38,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class Weights:
     """The tensors of one folder or file, by name."""
 
-    def __init__(self, files: Sequence[Path], *, past_cache: bool = False):
-        self._past_cache = past_cache  # spans are read from the disk itself
+    def __init__(self, files: Sequence[Path]):
         self._handles: dict[str, Any] = {}
         self._begins: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._stored: dict[str, str] = {}  # its name in the file, where select gave it another
@@ -69,14 +69,17 @@ class Weights:
         """A view of the mapped file."""
         return self._handles[name].get_tensor(self._stored.get(name, name))
 
-    def span(self, name: str) -> Span:
+    def strips(self, name: str) -> Strips:
         """Where the tensor's bytes lie."""
+        return Strips((self._span(name),), self.shapes[name][0] if self.shapes[name] else 1)
+
+    def _span(self, name: str) -> Span:
         num_bytes = _count(self.shapes[name]) * self.dtypes[name].itemsize
-        return Span(self.files[name], self._begins[name], num_bytes, name, self._past_cache)
+        return Span(self.files[name], self._begins[name], num_bytes, name)
 
     def read(self, name: str) -> Tensor:
         """A copy in memory; nothing of the file stays mapped behind it. Raises CheckpointError when the file ends early."""
-        span = self.span(name)
+        span = self._span(name)
         raw = torch.empty(span.num_bytes, dtype=torch.uint8)
         with span.file.open("rb", buffering=0) as file:
             if read_into(file.fileno(), memory_of(raw), span.begin, span.num_bytes) < span.num_bytes:
@@ -85,7 +88,7 @@ class Weights:
 
     def select(self, names: Mapping[str, str]) -> "Weights":
         """Some of the tensors under other names: new name -> name here."""
-        chosen = Weights([], past_cache=self._past_cache)
+        chosen = Weights([])
         for new, old in names.items():
             chosen._handles[new], chosen._begins[new] = self._handles[old], self._begins[old]
             chosen._stored[new] = self._stored.get(old, old)
@@ -156,7 +159,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]  # called once, when its turn to be written has come
-    span: Span | None = None  # where exactly these bytes lie already: then they are copied, and nothing is made
+    strips: Strips | None = None  # where exactly these bytes lie already: then they are copied, and nothing is made
 
     @property
     def num_bytes(self) -> int:
@@ -176,11 +179,8 @@ def _nothing(_: int) -> None:
     pass
 
 
-def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], None] = _nothing) -> str:
-    """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256.
-
-    advance: called with the number of bytes of each piece when its turn to be written has come, for a progress bar.
-    """
+def header_of(entries: Sequence[Entry]) -> tuple[bytes, int]:
+    """How a file of those tensors begins -> (its first bytes, how many of tensors follow)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -192,6 +192,15 @@ def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], No
         offset += entry.num_bytes
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % 64)  # the data then begins at a multiple of 64, which mapped reads like
+    return len(head).to_bytes(8, "little") + head, offset
+
+
+def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], None] = _nothing) -> str:
+    """Write one safetensors file, one tensor in memory at a time, and sync it to the disk. Gives its sha256.
+
+    advance: called with the number of bytes of each piece when its turn to be written has come, for a progress bar.
+    """
+    head, offset = header_of(entries)
     digest = hashlib.sha256()
     with (
         contextlib.closing(NewFile(path, len(head) + offset)) as file,
@@ -206,29 +215,27 @@ def write_file(path: Path, entries: Sequence[Entry], advance: Callable[[int], No
                     done.result()
 
         # The next pieces are read, or made, while the last ones are hashed and written; each of the three takes its time.
-        for piece in _pieces(len(head).to_bytes(8, "little") + head, entries):
-            under_way.append((hashing.submit(digest.update, piece), writing.submit(file.write, piece)))
-            advance(len(piece))
-            settle(AHEAD)
-        settle(0)
+        with contextlib.closing(pieces(_contents(memoryview(head), entries), stand=AHEAD + 1)) as ready:
+            for piece in ready:
+                under_way.append((hashing.submit(digest.update, piece), writing.submit(file.write, piece)))
+                advance(len(piece))
+                settle(AHEAD)
+            settle(0)
         file.finish()
     return digest.hexdigest()
 
 
-def _pieces(head: bytes, entries: Sequence[Entry]) -> Iterator[memoryview]:
-    """All bytes of a file. A piece stands until AHEAD others were asked for."""
-    buffers = new_buffers(AHEAD + 1)
-    yield memoryview(head)
+def _contents(head: memoryview, entries: Sequence[Entry]) -> Iterator[Span | memoryview]:
+    """All bytes of a file, in memory or where they lie."""
+    yield head
     for entry in entries:
-        if entry.span is not None:
-            assert entry.span.num_bytes == entry.num_bytes, f"{entry.name}: {entry.span.num_bytes} bytes for {entry.num_bytes}"
-            yield from entry.span.pieces(buffers)
+        if entry.strips is not None:
+            assert entry.strips.num_bytes == entry.num_bytes, f"{entry.name}: {entry.strips} for {entry.num_bytes} bytes"
+            yield from entry.strips.spans
             continue
         tensor = entry.make().detach().to(device="cpu", dtype=entry.dtype).contiguous()
         assert tuple(tensor.shape) == entry.shape, f"{entry.name}: {tuple(tensor.shape)} made, {entry.shape} promised"
-        block = memory_of(tensor)
-        for begin in range(0, len(block), PIECE_BYTES):
-            yield block[begin : begin + PIECE_BYTES]
+        yield memory_of(tensor)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

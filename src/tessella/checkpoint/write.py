@@ -30,6 +30,7 @@ from tessella.checkpoint.layout import (
 )
 from tessella.checkpoint.names import Group, Layout, groups_of, stored_shapes
 from tessella.checkpoint.progress import byte_bar
+from tessella.checkpoint.streams import Strips
 from tessella.checkpoint.tokenizer_files import native_tokenizer_files
 from tessella.checkpoint.weights import INDEX, SINGLE, Entry, write_file
 from tessella.config import ConnectorConfig, LanguageConfig, ModelConfig, is_native, model_config, read_config_json, read_json
@@ -251,13 +252,19 @@ def stored_entries(parameters: Sequence[Entry], layout: Layout, language: Langua
         missing = [name for name in group.ours if name not in by_name]
         if missing:
             raise CheckpointError(f"{group.stored[0]} cannot be written without {', '.join(missing)}")
-        first = by_name[group.ours[0]]
-        span = first.span if len(group.ours) == len(group.stored) else None
+        dtype = by_name[group.ours[0]].dtype
+        strips = _stored_strips(group, [by_name[name] for name in group.ours], language)
         entries += [
-            Entry(stored, shape, first.dtype, partial(make, group, stored), span)
+            Entry(stored, shape, dtype, partial(make, group, stored), strips.get(stored))
             for stored, shape in stored_shapes(group, shapes, language).items()
         ]
     return entries
+
+
+def _stored_strips(group: Group, ours: Sequence[Entry], language: LanguageConfig) -> dict[str, Strips]:
+    """Where the bytes of a group's stored tensors lie already; nothing when one of ours is yet to be made."""
+    lying = [entry.strips for entry in ours if entry.strips is not None and entry.dtype == ours[0].dtype]
+    return group.to_stored(lying, language) if len(lying) == len(ours) else {}
 
 
 def plan_shards(entries: Sequence[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
