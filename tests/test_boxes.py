@@ -82,6 +82,7 @@ def test_the_decoder_learns_scenes_by_heart() -> None:
     """Random features stand for a tower's; what it needs of the pixels comes through its own stem."""
     pytest.importorskip("pycocotools")
     from tessella.train.multitask.boxloss import box_loss, targets_of  # scipy
+    from tessella.train.multitask.rows import aim_of
 
     torch.manual_seed(0)
     decoder = BoxDecoder(BoxConfig(16, 8, (1,), width=32, heads=4, layers=1, objects=6))
@@ -95,11 +96,10 @@ def test_the_decoder_learns_scenes_by_heart() -> None:
     pictures = [one.picture.resize((side, side)) for one in asks if one.picture is not None]
     tiles = torch.stack([torch.from_numpy(np.asarray(one, dtype=np.float32) / 128 - 1).permute(2, 0, 1) for one in pictures])
     levels = [torch.randn(3, 6, 6, 8)]
-    targets = [targets_of(one.truths, side // 4, torch.device("cpu")) for one in asks]
+    targets = targets_of([[aim_of(truth, side // 4) for truth in one.truths] for one in asks], torch.device("cpu"))
     adam = torch.optim.AdamW(decoder.parameters(), lr=4e-3)
     for _ in range(60):
-        guesses = decoder(levels, tiles, words, asked)
-        loss = torch.stack([box_loss(guesses, k, targets[k], len(one.truths)) for k, one in enumerate(asks)]).mean()
+        loss = box_loss(decoder(levels, tiles, words, asked), targets, asked).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
@@ -131,6 +131,34 @@ def test_fillers_behind_a_picture_with_fewer_classes_change_nothing() -> None:
         filled = decoder(levels, tiles, words, torch.tensor([[True, False]]))[-1]
     torch.testing.assert_close(alone.scores[..., 0], filled.scores[..., 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(alone.boxes, filled.boxes, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pictures_loss_is_the_same_alone_and_in_company() -> None:
+    """Pictures with no object, with more objects than guesses, and with classes that are not there stand beside each other."""
+    from tessella.train.multitask.boxloss import box_loss, targets_of  # scipy
+    from tessella.train.multitask.rows import Aim
+
+    torch.manual_seed(1)
+    chance = np.random.default_rng(1)
+
+    def aim(objects: int, known: bool) -> Aim:
+        boxes = chance.uniform(0.2, 0.4, (objects, 4)).astype(np.float32)
+        masks = chance.integers(0, 2, (objects, 8, 8)).astype(np.float16) * known
+        return Aim(boxes, masks, known, None)
+
+    pictures = [[aim(2, True), aim(1, True)], [aim(0, True)], [aim(5, False)], [aim(0, True), aim(1, False)]]
+    decoder = BoxDecoder(BoxConfig(16, 8, (1,), width=48, heads=4, layers=2, objects=4)).eval()
+    levels, tiles, words = [torch.randn(4, 4, 4, 8)], torch.randn(4, 3, 32, 32), torch.randn(4, 2, 4, 16)
+    asked = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        together = box_loss(decoder(levels, tiles, words, asked), targets_of(pictures, cpu), asked)
+        for k, some in enumerate(pictures):
+            width = len(some)
+            guesses = decoder([levels[0][k : k + 1]], tiles[k : k + 1], words[k : k + 1, :width], asked[k : k + 1, :width])
+            alone = box_loss(guesses, targets_of([some], cpu), asked[k : k + 1, :width])
+            torch.testing.assert_close(alone[0], together[k], atol=1e-4, rtol=1e-4)
+    assert together.isfinite().all()
 
 
 # ---- scores

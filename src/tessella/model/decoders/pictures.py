@@ -70,22 +70,28 @@ class PictureDecoder(nn.Module):
             self.noise_like, self.edits = self.outside.noise_like, self.outside.edits
             self.mapper = Mapper(config.language_width, self.outside.condition_width, 77)
 
-    def loss(self, states: Tensor, pictures: Tensor, before: Tensor | None, dropped: float = 0.1) -> Tensor:
+    def loss(
+        self, states: Tensor, pictures: Tensor, before: Tensor | None, *, looks: int = 1, dropped: float = 0.1
+    ) -> Tensor:
         """Mean squared error of what the UNet says of noised pictures, one a row: (N,).
 
         states (N, Q, D); pictures (N, 3, S, S) in -1 to 1; before (N, 3, S, S): what is edited, zeros where a picture is new.
-        dropped: share of rows that learn without a condition, for guidance. Chance is torch's own, so that resume repeats it.
+        looks: noised copies of each. dropped: share of the copies that learn without a condition, for guidance. Chance is
+        torch's own, so that resume repeats it.
         """
-        clean = self._inward(pictures)
+        rows = len(pictures)
+        clean = self._inward(pictures).repeat(looks, 1, 1, 1)
         noise = torch.randn_like(clean)
         when = torch.randint(NOISE_STEPS, (len(clean),), device=clean.device)
         scheduler = self._scheduler()
         noised = scheduler.add_noise(clean, noise, when)
         aim = scheduler.get_velocity(clean, noise, when) if scheduler.config.prediction_type == "v_prediction" else noise
-        condition = self.mapper(states)
+        condition = self.mapper(states).repeat(looks, 1, 1)
+        before = None if before is None else before.repeat(looks, 1, 1, 1)
         without = torch.rand(len(clean), device=clean.device) < dropped
         condition = torch.where(without[:, None, None], self.mapper.nothing.expand_as(condition), condition)
-        return (self._run(self._beside(noised, before), when, condition) - aim).square().mean((1, 2, 3))
+        missed = (self._run(self._beside(noised, before), when, condition) - aim).square().mean((1, 2, 3))
+        return missed.view(looks, rows).mean(0)
 
     @torch.no_grad()
     def paint(self, states: Tensor, before: Tensor | None, *, steps: int = 30, guidance: float = 3.0, seed: int = 0) -> Tensor:

@@ -1,7 +1,9 @@
 """The loss of boxes and masks: guesses are matched with the truth one to one, and only what was matched is drawn to it.
 
-In: the guesses of each layer for one picture, and the truth behind K routing tokens.  Out: a scalar.
-Q guesses, K classes, M true objects.  Cost and loss: class (focal), L1 and GIoU of boxes, cross-entropy and dice of masks.
+In: the guesses of each layer for N pictures, and what is true of them.  Out: a loss a picture (N,).
+Q guesses, K classes, M true objects of the fullest picture, G layers that guess.  Cost and loss: class (focal), L1 and GIoU of
+boxes, cross-entropy and dice of masks. All pictures and layers go at once, and a GPU is waited for a single time: one by one,
+64 pictures cost 256 waits a step.
 Source: DETR, arXiv:2005.12872, for the matching and auxiliary losses; focal loss 1708.02002; dice of V-Net 1606.04797.
 """
 
@@ -15,106 +17,115 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from tessella.model.decoders.boxes import BoxGuess, corners
-from tessella.scenes.truth import Truth
+from tessella.train.multitask.rows import Aim
 
 CLASS, L1, GIOU, MASK, DICE = 2.0, 5.0, 2.0, 5.0, 5.0  # weights as in Mask DINO, arXiv:2206.02777
 FOCUS, SHARE = 2.0, 0.25  # gamma and alpha of the focal loss
+SILENT = -50.0  # the logit of a class that was not asked for: no loss, and no infinity times nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The true objects of one picture."""
+    """The true objects of N pictures, fillers behind those of a picture with fewer."""
 
-    classes: Tensor  # (M,) int64: behind which of the K tokens
-    boxes: Tensor  # (M, 4) centre and size
-    masks: Tensor  # (M, H, W) in 0 to 1; zero rows where nobody knows them
-    has_masks: Tensor  # (M,) bool
-
-
-def targets_of(truths: Sequence[Truth], mask_side: int, device: torch.device) -> Targets:
-    """The truth behind K tokens, masks shrunk to (mask_side, mask_side)."""
-    classes, boxes, masks, known = [], [], [], []
-    for number, truth in enumerate(truths):
-        for place, box in enumerate(truth.boxes):
-            classes.append(number)
-            boxes.append([(box.left + box.right) / 2, (box.top + box.bottom) / 2, box.right - box.left, box.bottom - box.top])
-            known.append(bool(truth.masks))
-            mask = truth.masks[place] if truth.masks else np.zeros((mask_side, mask_side), dtype=np.bool_)
-            masks.append(F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, dtype=np.float32))[None], mask_side)[0])
-    return Targets(
-        torch.tensor(classes, dtype=torch.int64, device=device),
-        torch.tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4),
-        torch.stack(masks).to(device) if masks else torch.zeros((0, mask_side, mask_side), device=device),
-        torch.tensor(known, dtype=torch.bool, device=device),
-    )
+    counts: tuple[int, ...]  # objects of each picture
+    classes: Tensor  # (N, M) int64: behind which of the K tokens
+    boxes: Tensor  # (N, M, 4) centre and size
+    masks: Tensor  # (N, M, H, W) in 0 to 1; zeros where nobody knows them
+    has_masks: Tensor  # (N, M) bool
 
 
-def box_loss(guesses: Sequence[BoxGuess], picture: int, targets: Targets, asked: int) -> Tensor:
-    """The summed loss of the first stage and every layer for one picture with `asked` classes."""
-    total = guesses[0].boxes.new_zeros(())
-    for guess in guesses:
-        scores, boxes = guess.scores[picture, :, :asked], guess.boxes[picture]
-        masks = None if guess.masks is None else guess.masks[picture]
-        mine, theirs = match(scores, boxes, masks, targets)
-        total = total + layer_loss(scores, boxes, masks, targets, mine, theirs)
-    return total / len(guesses)
+def targets_of(pictures: Sequence[Sequence[Aim]], device: torch.device) -> Targets:
+    """pictures: for each, what is aimed at behind each of its tokens."""
+    counts = tuple(sum(len(aim.boxes) for aim in some) for some in pictures)
+    side, most = pictures[0][0].masks.shape[-1], max(counts)
+    classes = np.zeros((len(pictures), most), dtype=np.int64)
+    boxes = np.full((len(pictures), most, 4), 0.5, dtype=np.float32)
+    masks = np.zeros((len(pictures), most, side, side), dtype=np.float16)
+    known = np.zeros((len(pictures), most), dtype=np.bool_)
+    for number, some in enumerate(pictures):
+        at = 0
+        for which, aim in enumerate(some):
+            mine = slice(at, at + len(aim.boxes))
+            classes[number, mine], boxes[number, mine] = which, aim.boxes
+            masks[number, mine], known[number, mine] = aim.masks, aim.known
+            at = mine.stop
+    there = [torch.from_numpy(one).to(device, non_blocking=True) for one in (classes, boxes, masks, known)]
+    return Targets(counts, there[0], there[1], there[2].float(), there[3])
+
+
+def box_loss(guesses: Sequence[BoxGuess], targets: Targets, asked: Tensor) -> Tensor:
+    """The mean loss (N,) of the first stage and every layer. asked (N, K) bool: false on fillers."""
+    places = match(guesses, targets)
+    losses = [layer_loss(guess, targets, asked, mine) for guess, mine in zip(guesses, places, strict=True)]
+    return torch.stack(losses).mean(0)
 
 
 @torch.no_grad()
-def match(scores: Tensor, boxes: Tensor, masks: Tensor | None, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Guesses (Q, …) and M true objects -> the places that belong together, in both; each at most once."""
-    p = scores.sigmoid()[:, targets.classes]
+def match(guesses: Sequence[BoxGuess], targets: Targets) -> Tensor:
+    """(G, N, M): the guess that belongs to each true object, each at most once; -1 for fillers, and where guesses are too few."""
+    # A loss that is no number is told by who watches it; the matching must not stop before that.
+    costs = np.nan_to_num(torch.cat([cost_of(guess, targets) for guess in guesses], dim=1).cpu().numpy())
+    places = np.full((len(guesses), *targets.classes.shape), -1, dtype=np.int64)
+    for number, count in enumerate(targets.counts):
+        start = 0
+        for layer, guess in enumerate(guesses):
+            end = start + guess.boxes.shape[1]
+            mine, theirs = linear_sum_assignment(costs[number, start:end, :count])
+            places[layer, number, theirs] = mine
+            start = end
+    return torch.from_numpy(places).to(targets.classes.device)
+
+
+def cost_of(guess: BoxGuess, targets: Targets) -> Tensor:
+    """What it costs to match each guess with each true object: (N, Q, M)."""
+    scores, boxes = guess.scores, guess.boxes
+    p = scores.sigmoid().gather(2, targets.classes[:, None].expand(-1, scores.shape[1], -1))
     likely = SHARE * (1 - p) ** FOCUS * -(p + 1e-8).log() - (1 - SHARE) * p**FOCUS * -(1 - p + 1e-8).log()
-    cost = CLASS * likely + L1 * torch.cdist(boxes, targets.boxes, p=1) - GIOU * pairwise_giou(boxes, targets.boxes)
-    if masks is not None and len(targets.boxes):
-        cost = cost + DICE * pairwise_dice(masks, targets.masks) * targets.has_masks
-    mine, theirs = linear_sum_assignment(cost.cpu().numpy())
-    return torch.as_tensor(mine, device=scores.device), torch.as_tensor(theirs, device=scores.device)
+    near = torch.cdist(boxes, targets.boxes, p=1)
+    cost = CLASS * likely + L1 * near - GIOU * paired_giou(boxes[:, :, None], targets.boxes[:, None])
+    if guess.masks is None:
+        return cost
+    return cost + DICE * pairwise_dice(guess.masks, targets.masks) * targets.has_masks[:, None]
 
 
-def layer_loss(scores: Tensor, boxes: Tensor, masks: Tensor | None, targets: Targets, mine: Tensor, theirs: Tensor) -> Tensor:
-    """The loss of one layer after matching; means over the objects."""
-    wanted = torch.zeros_like(scores)
-    wanted[mine, targets.classes[theirs]] = 1.0
-    count = max(1, len(targets.boxes))
-    loss = CLASS * focal(scores, wanted) / count
-    if not len(mine):
-        return loss
-    near, true = boxes[mine], targets.boxes[theirs]
-    loss = loss + L1 * F.l1_loss(near, true, reduction="sum") / count
-    loss = loss + GIOU * (1 - paired_giou(near, true)).sum() / count
-    known = targets.has_masks[theirs]
-    if masks is None or not bool(known.any()):
-        return loss
-    drawn, shape = masks[mine][known], targets.masks[theirs][known]
-    loss = loss + MASK * F.binary_cross_entropy_with_logits(drawn, shape, reduction="none").mean((1, 2)).sum() / count
-    return loss + DICE * dice(drawn, shape).sum() / count
+def layer_loss(guess: BoxGuess, targets: Targets, asked: Tensor, places: Tensor) -> Tensor:
+    """The loss (N,) of one layer after matching, places (N, M); means over a picture's objects."""
+    matched, at = (places >= 0).float(), places.clamp(min=0)
+    count = torch.tensor([max(1, count) for count in targets.counts], device=matched.device)
+    scores = guess.scores.masked_fill(~asked[:, None], SILENT)
+    n, q, k = scores.shape
+    wanted = scores.new_zeros(n, q * k).scatter_add(1, at * k + targets.classes, matched).view(n, q, k)
+    loss = CLASS * focal(scores, wanted)
+    near = guess.boxes.gather(1, at[..., None].expand(-1, -1, 4))
+    loss = loss + L1 * ((near - targets.boxes).abs().sum(-1) * matched).sum(1)
+    loss = loss + GIOU * ((1 - paired_giou(near, targets.boxes)) * matched).sum(1)
+    if guess.masks is not None:
+        known = matched * targets.has_masks
+        drawn = guess.masks.gather(1, at[..., None, None].expand(-1, -1, *guess.masks.shape[-2:]))
+        missed = F.binary_cross_entropy_with_logits(drawn, targets.masks, reduction="none").mean((2, 3))
+        loss = loss + ((MASK * missed + DICE * dice(drawn, targets.masks)) * known).sum(1)
+    return loss / count
 
 
 def focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Summed focal loss: what is easy weighs little."""
+    """(N, Q, K) -> focal loss summed over a picture (N,): what is easy weighs little."""
     plain = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     p = logits.sigmoid()
     miss = p * (1 - wanted) + (1 - p) * wanted
-    return ((SHARE * wanted + (1 - SHARE) * (1 - wanted)) * miss**FOCUS * plain).sum()
+    return ((SHARE * wanted + (1 - SHARE) * (1 - wanted)) * miss**FOCUS * plain).sum((1, 2))
 
 
 def dice(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(M, H, W) logits and shares -> (M,) one minus twice the overlap over the sum."""
-    p = logits.sigmoid().flatten(1)
-    wanted = wanted.flatten(1)
-    return 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
+    """(…, H, W) logits and shares -> (…): one minus twice the overlap over the sum."""
+    p, wanted = logits.sigmoid().flatten(-2), wanted.flatten(-2)
+    return 1 - (2 * (p * wanted).sum(-1) + 1) / (p.sum(-1) + wanted.sum(-1) + 1)
 
 
 def pairwise_dice(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(Q, H, W) and (M, H, W) -> (Q, M)."""
-    p, wanted = logits.sigmoid().flatten(1), wanted.flatten(1)
-    return 1 - (2 * p @ wanted.T + 1) / (p.sum(1)[:, None] + wanted.sum(1)[None] + 1)
-
-
-def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Boxes (Q, 4) and (M, 4) by centre and size -> (Q, M)."""
-    return paired_giou(a[:, None].expand(-1, len(b), -1), b[None].expand(len(a), -1, -1))
+    """(N, Q, H, W) and (N, M, H, W) -> (N, Q, M)."""
+    p, wanted = logits.sigmoid().flatten(2), wanted.flatten(2)
+    return 1 - (2 * p @ wanted.transpose(1, 2) + 1) / (p.sum(2)[..., None] + wanted.sum(2)[:, None] + 1)
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:

@@ -5,6 +5,12 @@ In: something that Asks (or any conversation with its truths).  Out: a TaughtInp
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from tessella.chat import Message
 from tessella.inputs import Inputs, ModelInput, Picture
@@ -22,13 +28,36 @@ class TaughtInput(ModelInput):
 
 
 @dataclass(frozen=True, eq=False)
+class Aim:
+    """A truth as the losses want it, and small: it travels from the process that made it to the one that learns."""
+
+    boxes: np.ndarray[Any, np.dtype[np.float32]]  # (M, 4) centre and size
+    masks: np.ndarray[Any, np.dtype[np.float16]]  # (M, side, side) shares of what each point stands for; zeros where unknown
+    known: bool  # whether the masks are
+    picture: Image.Image | None
+
+
+def aim_of(truth: Truth, side: int) -> Aim:
+    """side: of the masks, which are shrunk to it."""
+    edges = np.array(truth.boxes, dtype=np.float32).reshape(-1, 4)
+    boxes = np.concatenate(((edges[:, :2] + edges[:, 2:]) / 2, edges[:, 2:] - edges[:, :2]), axis=1)
+    masks = np.zeros((len(boxes), side, side), dtype=np.float16)
+    for place, mask in enumerate(truth.masks):
+        masks[place] = F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, dtype=np.float32))[None], side)[0].numpy()
+    return Aim(boxes, masks, bool(truth.masks), truth.picture)
+
+
+MASK_PART = 4  # a mask's side is the tile's, divided by this
+
+
+@dataclass(frozen=True, eq=False)
 class Placed:
-    """One truth and the place of its first super-link query in a pack."""
+    """One aim and the place of its first super-link query in a pack."""
 
     row: int
     start: int
     route: Route
-    truth: Truth
+    aim: Aim
 
     @property
     def kind(self) -> Kind:
@@ -59,8 +88,10 @@ def placed(rows: Sequence[ModelInput]) -> tuple[Placed, ...]:
             begins = {route.first: route for route in row.routes.each}
             starts = [(place, begins[query]) for place, query in enumerate(row.queries.tolist()) if query in begins]
             assert len(starts) == len(row.truths), "each routing token has its truth"
+            side = row.tiles.shape[-1] // MASK_PART
             found += [
-                Placed(number, offset + place, route, truth) for (place, route), truth in zip(starts, row.truths, strict=True)
+                Placed(number, offset + place, route, aim_of(truth, side))
+                for (place, route), truth in zip(starts, row.truths, strict=True)
             ]
         offset += len(row)
     return tuple(found)

@@ -97,7 +97,7 @@ class Decoders:
                 boxes[one.row].append(one)
         if boxes and routing.boxes is not None:
             total = total + self.recipe.boxes_weight * self._boxes(routing.boxes, view, list(boxes.values()))
-        drawn = [one for one in truths if one.truth.picture is not None]
+        drawn = [one for one in truths if one.aim.picture is not None]
         if drawn and routing.pictures is not None:
             total = total + self.recipe.pictures_weight * self._pictures(routing.pictures, view, drawn)
         return total
@@ -105,13 +105,14 @@ class Decoders:
     def _pictures(self, decoder: PictureDecoder, view: View, drawn: Sequence[Placed]) -> Tensor:
         """Noise is taken from the true pictures; an [EDIT] sees the last picture of its row."""
         device = self.model.device
-        states = torch.stack([view.hidden[one.start : one.start + one.route.queries] for one in drawn])
-        wanted = torch.stack([as_tensor(one.truth.picture, decoder.config.side_px) for one in drawn if one.truth.picture])
+        states = _states(view.hidden, [[one.start] for one in drawn], drawn[0].route.queries)[:, 0]
+        wanted = torch.stack([as_tensor(one.aim.picture, decoder.config.side_px) for one in drawn if one.aim.picture])
         before = torch.zeros((len(drawn), 3, *view.tiles.shape[-2:]))
         for place, one in enumerate(drawn):
             if one.route.name == "[EDIT]" and view.tiles_of[one.row]:
                 before[place] = view.tiles[sum(view.tiles_of[: one.row + 1]) - 1].float() / 127.5 - 1
-        return decoder.loss(states, wanted.to(device), before.to(device)).sum()
+        looks = self.recipe.picture_noises
+        return decoder.loss(states, wanted.to(device), before.to(device), looks=looks).sum()
 
     def _boxes(self, decoder: BoxDecoder, view: View, rows: Sequence[Sequence[Placed]]) -> Tensor:
         """Rows of truths about one picture each; K classes of the longest row, fillers behind the others'."""
@@ -120,21 +121,17 @@ class Decoders:
         device, most = self.model.device, max(map(len, rows))
         last_tiles = [sum(view.tiles_of[: some[0].row + 1]) - 1 for some in rows]
         tiles = normalise(view.tiles[last_tiles].to(device), torch.float32, self.model.config.vision.statistics)
-        words = torch.stack([self._words(view.hidden, some, most) for some in rows])
+        starts = [[one.start for one in some] + [some[0].start] * (most - len(some)) for some in rows]
+        words = _states(view.hidden, starts, rows[0][0].route.queries)
         asked = torch.tensor([[k < len(some) for k in range(most)] for some in rows], device=device)
         tower = self.model.vision_model
         with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
             levels = tower.levels(tiles.to(self.model.dtype), decoder.config.layers_seen)
-        guesses = decoder(levels, tiles, words, asked)
-        assert guesses[-1].masks is not None
-        side = guesses[-1].masks.shape[-1]
-        losses = [
-            box_loss(guesses, number, targets_of([one.truth for one in some], side, device), len(some))
-            for number, some in enumerate(rows)
-        ]
-        return torch.stack(losses).sum()
+        targets = targets_of([[one.aim for one in some] for some in rows], device)
+        return box_loss(decoder(levels, tiles, words, asked), targets, asked).sum()
 
-    def _words(self, hidden: Tensor, some: Sequence[Placed], most: int) -> Tensor:
-        """(most, queries, D), zeros behind the last class."""
-        own = torch.stack([hidden[one.start : one.start + one.route.queries] for one in some])
-        return torch.cat((own, own.new_zeros(most - len(some), *own.shape[1:])))
+
+def _states(hidden: Tensor, starts: Sequence[Sequence[int]], queries: int) -> Tensor:
+    """hidden (T, D), N rows of K places where queries begin -> (N, K, queries, D)."""
+    first = torch.tensor(starts)[..., None] + torch.arange(queries)
+    return hidden[first.to(hidden.device, non_blocking=True)]

@@ -28,6 +28,8 @@ class RoutingFields:
     """JSON lines with caption and picture (and before, to edit) that teach drawing; image_root says where the pictures lie."""
     pictures_weight: float = 1.0
     """Weight of the loss of pictures beside the language model's."""
+    picture_noises: int = 1
+    """Noised copies of each picture that a step learns from: what runs through the language model once teaches so many times."""
     diffusion: Path | None = None
     """Folder in Stable Diffusion 1.5's form that draws in place of the built-in decoder; it stays as it is."""
     scenes: int = 0
@@ -71,6 +73,7 @@ ROUTING_RANGES = {
     "decoder_learning_rate": Bounds(0, 1, above=True),
     "boxes_weight": Bounds(0),
     "pictures_weight": Bounds(0),
+    "picture_noises": Bounds(1, 64),
     "scenes": Bounds(0, 10_000_000),
     "held_out_scenes": Bounds(0, 10_000),
     "scene_objects": Bounds(1, 12),
