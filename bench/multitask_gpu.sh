@@ -1,18 +1,56 @@
 #!/bin/sh
-# Boxes, masks and pictures on one GPU: teach for at most SECONDS (run it again to go on), then score every bar of the issue.
-# usage: sh bench/multitask_gpu.sh OUT SECONDS     three runs of 580 s are what the recipe is made for
-# Rows go to OUT/scores.json; the plain naming score before and after goes to OUT/skills-*.json when SKILLS names the folder
-# that recipes/nano/make_data.py --stage skills wrote.
+# Boxes, masks and pictures on one GPU: teach for so many seconds, score, and pack what must travel.
+# usage: DATA=DIR sh bench/multitask_gpu.sh OUT SECONDS [FROM]
+#   DATA  folder with tiny-imagenet-train-0.tar, -1.tar and tiny-imagenet-classes.json: rows that keep the naming
+#   FROM  a folder (or the .tar parts) of an earlier run's adapter, to go on with it under a new schedule
+#   SET   more flags for finetune; DEVICE (cuda), SCORED scenes (200), PROBE steps (40)
+# Steps of a first short run are timed, so that the learning rate of the real one ends just before SECONDS do.
+# OUT/back holds what must come back: weights.tar.part-* (15 MiB each) and log.tar; nothing else is needed to score or go on.
 set -eu
-out=$1 seconds=$2
-mkdir -p "$out"
-resume=""
-[ -d "$out/run/checkpoints" ] && resume="--resume"
-kinds="detect everything ground segment text name name count talk draw edit"
-tessella finetune recipes/multitask.toml --decoders boxes pictures --scene-kinds $kinds \
-  --output "$out/run" --time-limit-s "$seconds" --device cuda $resume --json "$out/finetune.json"
-tessella evaluate "$out/run" --scenes 500 --scene-kinds detect everything ground segment text name count talk draw edit --device cuda --html "$out/scenes.html" --json "$out/scores.json"
-if [ -n "${SKILLS:-}" ]; then
-  tessella evaluate tessella-nano "$out/run" --skills --data "$SKILLS" --limit 1000 --device cuda --json "$out/skills.json"
+out=$1 seconds=$2 from=${3:-}
+began=$(date +%s)
+here=$(cd "$(dirname "$0")/.." && pwd)
+device=${DEVICE:-cuda} scored=${SCORED:-200} probe=${PROBE:-40}
+export PYTHONUNBUFFERED=1
+say() { echo "== $(($(date +%s) - began)) s: $*" >&2; }
+mkdir -p "$out/back"
+say "$(git -C "$here" log -1 --format=%h 2>/dev/null || echo 'no git')"
+
+rows=$out/rows/rows.jsonl
+[ -f "$rows" ] || python3 "$here/recipes/nano/naming_rows.py" --data "$DATA" --out "$out/rows" --rows "${ROWS:-24000}"
+going_on=""
+if [ -n "$from" ]; then
+  if [ ! -d "$from" ]; then
+    mkdir -p "$out/from" && cat "$from"* | tar -xf - -C "$out/from" && from=$out/from/adapter
+  fi
+  going_on="--model $from --further same --seed 1"
 fi
-du -b "$out/run/adapter/routing/"*.safetensors
+teach() {  # WHERE, then flags
+  where=$1; shift
+  # shellcheck disable=SC2086  # several words each
+  tessella finetune "$here/recipes/multitask.toml" --data "$rows" --repeat 2 --held-out 0 $going_on --device "$device" ${SET:-} \
+    --output "$where" "$@"
+}
+say "probe of $probe steps"
+teach "$out/probe" --max-steps "$probe" --report-every "$((probe / 4))" --held-out-scenes 0 --sample-answers 0 --time-limit-s 120 \
+  --json "$out/back/probe.json" 2>&1 | tail -n 12
+reserve=${RESERVE:-75}  # for opening, the last look, scoring and packing
+budget=$((seconds - ($(date +%s) - began) - reserve))
+steps=$(python3 "$here/bench/steps_in.py" "$out/probe/metrics.jsonl" "$budget")
+say "$steps steps in $budget s"
+teach "$out/run" --max-steps "$steps" --report-every 25 --time-limit-s "$budget" --json "$out/back/finetune.json" 2>&1 \
+  | tee "$out/finetune.log" | grep -v '^$' | tail -n 40
+say "score"
+kinds="detect everything ground segment text name count talk draw edit"
+# shellcheck disable=SC2086
+[ "$scored" -eq 0 ] || timeout "$((seconds - ($(date +%s) - began) - 5))" tessella evaluate "$out/run" --scenes "$scored" \
+  --scene-kinds $kinds ${SCORE_SET:-} --batch-items 100 --device "$device" --html "$out/back/scenes.html" --json "$out/back/scores.json" \
+  || say "not scored: score it where the weights travel to"
+say "pack"
+cp "$out/run/metrics.jsonl" "$out/run/run.json" "$out/finetune.log" "$out/back/" 2>/dev/null || true
+python3 "$here/bench/pack_adapter.py" "$out/run/adapter" "$out/packed/adapter"
+tar -cf - -C "$out/packed" adapter | split -b 15m - "$out/back/weights.tar.part-"
+mkdir -p "$out/log" && find "$out/back" -type f ! -name 'weights.tar.part-*' -exec mv {} "$out/log/" \;
+tar -czf "$out/back/log.tar" -C "$out" log
+ls -l "$out/back" >&2
+say "done"

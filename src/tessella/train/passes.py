@@ -4,7 +4,7 @@ In: Packs.  Out: summed cross-entropy over the learned tokens.
 T tokens, L of them learned, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,26 @@ LOGITS_AT_ONCE = 2**27  # numbers of a piece of logits: 512 MiB in float32
 Look = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 
 
+class LossParts:
+    """What words and decoders add to the loss, before their weights, step by step; a GPU is waited for only when it is told."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0.0
+
+    def add(self, parts: Mapping[str, Tensor], share: float) -> None:
+        """share: of the step that these parts are of."""
+        self.steps += share
+        for name, value in parts.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def told(self) -> dict[str, float]:
+        """Means over the steps since it was last asked."""
+        found = {f"loss_{name}": float(value) / self.steps for name, value in self.sums.items()} if self.steps else {}
+        self.sums, self.steps = {}, 0.0
+        return found
+
+
 class Passes:
     """Runs packs through the model. Frozen parts are asked once: a tower (and projector) for each tile, and when these are
     frozen, the layers of the language model below the first one that learns, for each row.
@@ -42,7 +62,7 @@ class Passes:
         still = recipe.tower == recipe.projector == "frozen"
         constant = still and recipe.language == "lora" and not recipe.decoders  # queries learn below all layers
         self.lowest = lowest_taught(model, recipe) if constant else 0  # layers that are constant
-        self.decoders = Decoders(model, recipe)
+        self.decoders, self.parts = Decoders(model, recipe), LossParts()
         if recipe.tower == "frozen":
             self.frozen = model.visual_tokens if still else lambda tiles, _: model.features(tiles)
             self.after = None if still else model.mlp1
@@ -61,11 +81,16 @@ class Passes:
         """What a pack adds to the loss of its step: a mean over its learned tokens, and the decoders' over its routed rows."""
         pack, seen = pack.to(self.model.device), self.tiles.computed
         hidden = self.hidden(pack)
-        loss = self.token_losses(hidden, pack).sum() / step.learned
+        loss = words = self.token_losses(hidden, pack).sum() / step.learned
         self.done += self.work.of(pack, len(pack.tiles) if self.frozen is None else self.tiles.computed - seen)
-        if not pack.placed:
+        if not self.decoders.present:
             return loss
-        return loss + self.decoders.loss(View(hidden, pack.tiles, pack.tiles_of), pack.placed) / step.routed
+        parts = {"words": words.detach()}
+        for kind, missed in self.decoders.losses(View(hidden, pack.tiles, pack.tiles_of), pack.placed).items():
+            loss = loss + self.decoders.weight(kind) * missed / step.routed
+            parts[kind] = missed.detach() / step.routed
+        self.parts.add(parts, len(pack.targets) / step.learned)
+        return loss
 
     def loss(self, pack: Pack) -> Tensor:
         """Cross-entropy summed over the learned tokens of a pack, a scalar."""
@@ -98,7 +123,7 @@ class Passes:
     def told(self, seconds: float) -> dict[str, float]:
         """Numbers of the steps since it was last asked, for the log; they took so many seconds."""
         speed, self.done = self.done / max(seconds, 1e-9), 0.0
-        return {"tflop_per_s": speed / 1e12, "mfu": speed / self.rate}
+        return {"tflop_per_s": speed / 1e12, "mfu": speed / self.rate, **self.parts.told()}
 
     def below(self, pack: Pack) -> Tensor:
         """The states (T, D) of a pack before the first layer that learns."""

@@ -70,9 +70,7 @@ class PictureDecoder(nn.Module):
             self.noise_like, self.edits = self.outside.noise_like, self.outside.edits
             self.mapper = Mapper(config.language_width, self.outside.condition_width, 77)
 
-    def loss(
-        self, states: Tensor, pictures: Tensor, before: Tensor | None, *, looks: int = 1, dropped: float = 0.1
-    ) -> Tensor:
+    def loss(self, states: Tensor, pictures: Tensor, before: Tensor | None, *, looks: int = 1, dropped: float = 0.1) -> Tensor:
         """Mean squared error of what the UNet says of noised pictures, one a row: (N,).
 
         states (N, Q, D); pictures (N, 3, S, S) in -1 to 1; before (N, 3, S, S): what is edited, zeros where a picture is new.

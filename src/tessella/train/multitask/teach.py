@@ -19,7 +19,7 @@ from tessella.model.decoders.boxes import BoxConfig, BoxDecoder
 from tessella.model.decoders.pictures import PictureConfig, PictureDecoder
 from tessella.model.routing import Routing
 from tessella.model.vision_language import VisionLanguageModel
-from tessella.routes import routes_for
+from tessella.routes import Kind, routes_for
 from tessella.train.multitask.rows import Placed
 from tessella.train.recipe import Recipe
 
@@ -84,23 +84,26 @@ class Decoders:
     def __init__(self, model: VisionLanguageModel, recipe: Recipe):
         self.model, self.recipe = model, recipe
         self.tower_learns = recipe.tower != "frozen"
+        self.present = bool(recipe.decoders)
 
-    def loss(self, view: View, truths: Sequence[Placed]) -> Tensor:
-        """Weighted losses summed over the rows that hold truths."""
-        total = view.hidden.new_zeros((), dtype=torch.float32)
-        routing = self.model.routing
+    def losses(self, view: View, aims: Sequence[Placed]) -> dict[Kind, Tensor]:
+        """What each decoder that has something to learn here misses, summed over the rows; not weighted."""
+        routing, found = self.model.routing, dict[Kind, Tensor]()
         if routing is None:
-            return total
+            return found
         boxes: dict[int, list[Placed]] = defaultdict(list)
-        for one in truths:
+        for one in aims:
             if one.kind == "boxes" and view.tiles_of[one.row]:
                 boxes[one.row].append(one)
         if boxes and routing.boxes is not None:
-            total = total + self.recipe.boxes_weight * self._boxes(routing.boxes, view, list(boxes.values()))
-        drawn = [one for one in truths if one.aim.picture is not None]
+            found["boxes"] = self._boxes(routing.boxes, view, list(boxes.values()))
+        drawn = [one for one in aims if one.aim.picture is not None]
         if drawn and routing.pictures is not None:
-            total = total + self.recipe.pictures_weight * self._pictures(routing.pictures, view, drawn)
-        return total
+            found["pictures"] = self._pictures(routing.pictures, view, drawn)
+        return found
+
+    def weight(self, kind: Kind) -> float:
+        return self.recipe.boxes_weight if kind == "boxes" else self.recipe.pictures_weight
 
     def _pictures(self, decoder: PictureDecoder, view: View, drawn: Sequence[Placed]) -> Tensor:
         """Noise is taken from the true pictures; an [EDIT] sees the last picture of its row."""
