@@ -3,14 +3,14 @@
 # usage: DATA=DIR sh bench/multitask_gpu.sh OUT SECONDS [FROM]
 #   DATA  folder with tiny-imagenet-train-0.tar, -1.tar and tiny-imagenet-classes.json: rows that keep the naming
 #   FROM  a folder (or the .tar parts) of an earlier run's adapter, to go on with it under a new schedule
-#   SET   more flags for finetune; DEVICE (cuda), SCORED scenes (200), PROBE steps (40)
+#   SET   more flags for finetune; DEVICE (cuda), SCORED scenes (200), PROBE steps (60)
 # Steps of a first short run are timed, so that the learning rate of the real one ends just before SECONDS do.
 # OUT/back holds what must come back: weights.tar.part-* (15 MiB each) and log.tar; nothing else is needed to score or go on.
 set -eu
 out=$1 seconds=$2 from=${3:-}
 began=$(date +%s)
 here=$(cd "$(dirname "$0")/.." && pwd)
-device=${DEVICE:-cuda} scored=${SCORED:-200} probe=${PROBE:-40}
+device=${DEVICE:-cuda} scored=${SCORED:-200} probe=${PROBE:-60}
 export PYTHONUNBUFFERED=1
 say() { echo "== $(($(date +%s) - began)) s: $*" >&2; }
 mkdir -p "$out/back"
@@ -35,8 +35,9 @@ say "probe of $probe steps"
 teach "$out/probe" --max-steps "$probe" --report-every "$((probe / 4))" --held-out-scenes 0 --sample-answers 0 --time-limit-s 120 \
   --json "$out/back/probe.json" 2>&1 | tail -n 12
 reserve=${RESERVE:-75}  # for opening, the last look, scoring and packing
+opening=${OPENING:-20}  # of the budget, before the first step
 budget=$((seconds - ($(date +%s) - began) - reserve))
-steps=$(python3 "$here/bench/steps_in.py" "$out/probe/metrics.jsonl" "$budget")
+steps=$(python3 "$here/bench/steps_in.py" "$out/probe/metrics.jsonl" "$((budget - opening))")
 say "$steps steps in $budget s"
 teach "$out/run" --max-steps "$steps" --report-every 25 --time-limit-s "$budget" --json "$out/back/finetune.json" 2>&1 \
   | tee "$out/finetune.log" | grep -v '^$' | tail -n 40
