@@ -25,6 +25,8 @@ from triton.runtime.jit import JITFunction
 from tessella.engine.kernels import attend, steps
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
 from tessella.engine.kernels.products import product
+from tessella.engine.kernels.sight import activate, norm_of, scale_add_norm
+from tessella.model.layers import RMSNorm
 
 REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65_536, 232_448, 2_048, 32  # of one multiprocessor of compute capability 9.0
 MOST_REGISTERS = 255  # of one thread
@@ -169,6 +171,11 @@ def launches(family: Family, dtype: torch.dtype) -> None:
     steps.gate(empty(8, 2 * between))
     steps.read(empty(8, of=torch.int32), empty(8, of=torch.int32), empty(8, of=torch.int64), empty(vocabulary, width))
     steps.likeliest(empty(8, vocabulary), empty(8, of=torch.int64), empty(8, of=torch.int64))
+    seen, sight = empty(8, 1024), torch.nn.LayerNorm(1024, dtype=dtype)  # InternViT-300M, and the norms of InternViT-6B
+    scale_add_norm(seen, empty(8, 1024), empty(1024), sight)
+    norm_of(empty(8, 3200), RMSNorm(3200, 1e-6).to(dtype))
+    for quick in (False, True):
+        activate(empty(8, 4096), quick=quick)
 
 
 def main(options: Options) -> int:

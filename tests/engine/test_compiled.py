@@ -17,6 +17,7 @@ if find_spec("triton") is None:
 
 BENCH = Path(__file__).parents[2] / "bench" / "kernels.py"
 KERNELS = {"_grow", "_combine", "_turn_and_put", "_product", "_add_norm", "_gate", "_read", "_best_of_some", "_best_of_all"}
+KERNELS |= {"_scale_add_norm", "_activate"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ rows; a step takes the next larger one and fills it up with rows that write to a
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class DecodeStep:
         return logits
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of a process: cuBLAS keeps 32 MiB for each stream that it ever worked on."""
+    return torch.cuda.Stream(device)
+
+
 class DecodeGraphs:
     """most_rows: of any step to come."""
 
@@ -99,14 +106,14 @@ class DecodeGraphs:
         return logits[: len(parts)]
 
     def _captured(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        aside = torch.cuda.Stream()
+        aside = capture_stream(self.step.told.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # kernels are compiled and workspaces made before anything is recorded
             for _ in range(2):
                 self.step.run(size)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
             logits = self.step.run(size)
         return graph, logits
 

@@ -62,7 +62,9 @@ class Runner:
         """Run with Triton and, if so set, with graphs."""
         # Imported here: Triton comes with torch for CUDA alone.
         from tessella.engine.fast_run import FastRun
+        from tessella.engine.fast_sight import FastTower
 
+        self.sight.tower = FastTower(self.model.vision_model)
         self.fast = FastRun(self.model, self.adapters, self.store, self.drawn, self.frequencies, settings, most_rows, longest_row)
 
     def leave(self) -> None:
@@ -91,7 +93,7 @@ class Runner:
         ends = torch.tensor([part.end - part.start for part in parts]).cumsum(0) - 1
         last = sent(ends[[i for i, part in enumerate(parts) if part.draws]], self.model.device)
         self.adapters.runs = self._runs(drawing, [1] * len(drawing))  # the head, too, may have a pair
-        logits = self.model.logits(hidden[last])
+        logits = self.model.logits(hidden[last]) if self.fast is None else self.fast.decoder.logits(hidden[last])
         self.adapters.runs = ()
         drawn = self.drawn[:, : len(drawing)]
         drawn.copy_(likeliest(logits))

@@ -94,11 +94,11 @@ def read(ids: Tensor, places: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
 
 
 @triton.jit
-def _best_of_some(logits, best, where, V: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+def _best_of_some(logits, best, where, stride, V: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
     """One program: the largest of N logits of one row, and the lowest id that has it; a NaN counts as infinite."""
     row, part = tl.program_id(0), tl.program_id(1)
     at = part * N + tl.arange(0, N)
-    x = tl.load(logits + row.to(tl.int64) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=float("-inf")).to(tl.float32)
     x = tl.where(x != x, float("inf"), x)
     largest = tl.max(x, 0)
     tl.store(best + row * PARTS + part, largest)
@@ -119,9 +119,9 @@ def _best_of_all(best, where, ids, finite, V: tl.constexpr, PARTS: tl.constexpr,
 def likeliest(logits: Tensor, ids: Tensor, finite: Tensor) -> None:
     """The likeliest id of each row, and 1 where its logits are finite, else 0. logits (R, V); ids and finite (R,) int64."""
     rows, vocabulary = logits.shape
-    assert logits.is_contiguous() and ids.stride(0) == finite.stride(0) == 1
+    assert logits.stride(1) == 1 and ids.stride(0) == finite.stride(0) == 1
     parts = triton.cdiv(vocabulary, IDS_AT_ONCE)
     best = torch.empty((rows, parts), device=logits.device, dtype=torch.float32)
     where = torch.empty((rows, parts), device=logits.device, dtype=torch.int32)
-    _best_of_some[(rows, parts)](logits, best, where, V=vocabulary, N=IDS_AT_ONCE, PARTS=parts)
+    _best_of_some[(rows, parts)](logits, best, where, logits.stride(0), V=vocabulary, N=IDS_AT_ONCE, PARTS=parts)
     _best_of_all[(rows,)](best, where, ids, finite, V=vocabulary, PARTS=parts, P=triton.next_power_of_2(parts))
