@@ -6,7 +6,7 @@ Prints a table beside the bars of one H200. To find what is slow or wrong, switc
 --own-products False, --cuda-graphs False, --kernels False. --profile adds the kernels of decode steps, of one row and of many,
 and of a prompt with a picture. --peers vllm=http://127.0.0.1:8000 asks a server that was started beforehand the same. The
 weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say nothing, speeds do. Pictures are
-cut into tiles before the clock starts, but for the row that says "from the pixels".
+cut into tiles before the clock starts, but for the row that says "from the pixels". --rows first one_tile measures those alone.
 """
 
 import gc
@@ -14,16 +14,18 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 import tyro
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch.profiler import ProfilerActivity, profile
-from work import QUESTIONS, Run, ask, picture_questions
+from work import QUESTIONS, Run, about, ask, noise, picture_questions
 
 from tessella.chat import Message
 from tessella.config import LanguageConfig, ModelConfig, VisionConfig
@@ -41,6 +43,9 @@ ONE_TOKEN = SamplingParams(max_tokens=1)
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
 
+ROWS = ("stream", "stream_13", "first", "text", "one_tile", "seven_tiles")
+
+
 @dataclass(frozen=True)
 class Options:
     device: str = "cuda"
@@ -51,6 +56,7 @@ class Options:
     kernels: bool = True
     own_products: bool = True
     profile: bool = False  # which kernels take how long
+    rows: tuple[Literal["stream", "stream_13", "first", "text", "one_tile", "seven_tiles"], ...] = ROWS  # what is measured
     peers: tuple[str, ...] = ()  # NAME=URL of OpenAI servers, asked the same over HTTP afterwards
     text_requests: int = 512
     one_tile_requests: int = 256
@@ -168,12 +174,13 @@ class Bench:
         engine = self.engine()
         ready, second, whole = [], [], []
         for seed in range(self.options.rounds + 1):
+            picture = noise(THIRTEEN_TILES, seed)
             begun = time.perf_counter()
-            prompt = picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=seed)[0]
+            prompt = about(self.inputs, picture)
             made = time.perf_counter() - begun
             ready.append(ask(engine, [prompt], ONE_TOKEN).seconds_to_first[0])
             whole.append(made + ready[-1])
-            again = picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=seed, question="And how many are there?")[0]
+            again = about(self.inputs, picture, question="And how many are there?")
             second.append(ask(engine, [again], ONE_TOKEN).seconds_to_first[0])
         engine.stop()
         times = {"ready tiles": (ready, 80.0), "from the pixels": (whole, 80.0), "second question about it": (second, 15.0)}
@@ -190,6 +197,12 @@ class Bench:
             f"{len(many)} streams": (many, self.answer),
             "a picture of 13 tiles, first token": (picture_questions(self.inputs, 1, THIRTEEN_TILES, first_seed=99), ONE_TOKEN),
         }
+        if self.options.one_tile_requests:
+            several = picture_questions(self.inputs, min(64, self.options.one_tile_requests), ONE_TILE, first_seed=1000)
+            work[f"{len(several)} requests with one tile"] = (
+                several,
+                replace(self.answer, max_tokens=min(16, self.answer.max_tokens)),
+            )
         engine, tables = self.engine(), {}
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
         by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
@@ -203,14 +216,21 @@ class Bench:
     def all(self) -> list[Row]:
         """Short work first, each row told as it comes: what is cut off then has told most."""
         o, inputs = self.options, self.inputs
-        rows = heard([self.stream("one stream, text", self.text(1)[0], 700.0)])
-        rows += heard([self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0])])
-        rows += heard(self.first_tokens())
-        rows += heard(self.batch(f"{o.text_requests} text requests", self.text(o.text_requests), 300.0))
-        one = picture_questions(inputs, o.one_tile_requests, ONE_TILE)
-        rows += heard(self.batch(f"{o.one_tile_requests} requests, 1 tile", one, 150.0))
-        seven = picture_questions(inputs, o.seven_tile_requests, SEVEN_TILES)
-        return rows + heard(self.batch(f"{o.seven_tile_requests} requests, 7 tiles", seven, 30.0))
+        few = {"text": o.text_requests, "one_tile": o.one_tile_requests, "seven_tiles": o.seven_tile_requests}
+        work: dict[str, Callable[[], list[Row]]] = {
+            "stream": lambda: [self.stream("one stream, text", self.text(1)[0], 700.0)],
+            "stream_13": lambda: [self.stream("one stream, 13 tiles", picture_questions(inputs, 1, THIRTEEN_TILES)[0])],
+            "first": self.first_tokens,
+            "text": lambda: self.batch(f"{few['text']} text requests", self.text(few["text"]), 300.0),
+            "one_tile": lambda: self.batch(
+                f"{few['one_tile']} requests, 1 tile", picture_questions(inputs, few["one_tile"], ONE_TILE), 150.0
+            ),
+            "seven_tiles": lambda: self.batch(
+                f"{few['seven_tiles']} requests, 7 tiles", picture_questions(inputs, few["seven_tiles"], SEVEN_TILES), 30.0
+            ),
+        }
+        assert tuple(work) == ROWS
+        return [row for name in ROWS if name in o.rows for row in heard(work[name]())]
 
 
 def heard(rows: list[Row]) -> list[Row]:

@@ -47,13 +47,17 @@ def picture_questions(
     question: str = ABOUT_A_PICTURE,
 ) -> list[ModelInput]:
     """count prompts with a picture of noise each, no two alike."""
-    asked = []
-    for seed in range(first_seed, first_seed + count):
-        chance = torch.Generator().manual_seed(seed)
-        pixels = torch.randint(0, 256, (size.height_px, size.width_px, 3), dtype=torch.uint8, generator=chance)
-        picture = Picture(Image.fromarray(pixels.numpy()), max_tiles)
-        asked.append(inputs.build([Message("user", place_marks(question, 1))], [picture]))
-    return asked
+    return [about(inputs, noise(size, seed), max_tiles, question) for seed in range(first_seed, first_seed + count)]
+
+
+def noise(size: Size, seed: int) -> Image.Image:
+    chance = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (size.height_px, size.width_px, 3), dtype=torch.uint8, generator=chance).numpy())
+
+
+def about(inputs: Inputs, picture: Image.Image, max_tiles: int | None = None, question: str = ABOUT_A_PICTURE) -> ModelInput:
+    """A question about one picture, cut."""
+    return inputs.build([Message("user", place_marks(question, 1))], [Picture(picture, max_tiles)])
 
 
 @dataclass

@@ -41,7 +41,7 @@ def test_the_work_for_a_gpu_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.
     main(options)
     told = json.loads(out.read_text(encoding="utf-8"))
     assert sorted(row["bar"] for row in told["rows"] if row["bar"]) == [15, 30, 80, 80, 150, 300, 700]
-    assert all(row["number"] > 0 for row in told["rows"]) and len(told["profiles"]) == 3
+    assert all(row["number"] > 0 for row in told["rows"]) and len(told["profiles"]) == 4
     assert all("aten::" in table for table in told["profiles"].values())
     printed = capsys.readouterr().out
     assert "| bar | reached |" in printed and "second question about it" in printed
