@@ -105,7 +105,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.eval()
 
 
-def made_up_tokenizer(vocab_size: int) -> Tokenizer:
+def made_up_backend(vocab_size: int) -> Backend:
     """Bytes, the special tokens that a prompt needs, and words between them that no text becomes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(f"word{i}" for i in range(vocab_size - len(alphabet) - len(SPECIAL)))]
@@ -113,6 +113,11 @@ def made_up_tokenizer(vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    return backend
+
+
+def made_up_tokenizer(vocab_size: int) -> Tokenizer:
+    backend = made_up_backend(vocab_size)
     with TemporaryDirectory() as folder:
         backend.save(f"{folder}/tokenizer.json")
         return Tokenizer.load(folder)

@@ -54,7 +54,7 @@ class Moments:
 
     def of(self, module: str) -> Tensor:
         head, _, kind = module.rpartition(".")
-        return self.sums[f"{head}.{READERS[kind]}"].double() / self.tokens
+        return self.sums[f"{head}.{READERS[kind]}"].double().cpu() / self.tokens
 
 
 def moments(loaded: Loaded, rows: Iterable[ModelInput], most_tokens: int) -> Moments:
@@ -66,8 +66,9 @@ def moments(loaded: Loaded, rows: Iterable[ModelInput], most_tokens: int) -> Mom
             lengths = [len(one) for one in some]
             if sum(lengths) < PASS_TOKENS:
                 continue
-            positions = torch.cat([torch.arange(length) for length in lengths])
-            loaded.model(embed(loaded.model, some), positions, Causal(lengths), max(lengths))
+            device = loaded.model.device
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+            loaded.model(embed(loaded.model, some), positions, Causal(lengths, device), max(lengths))
             found.tokens += sum(lengths)
             some = []
             if found.tokens >= most_tokens:
@@ -96,10 +97,10 @@ def turned(a: Tensor, seen: Tensor, text: Tensor, weight: float) -> Tensor:
     return torch.linalg.solve(total, (a.double() @ seen).t()).t().float()
 
 
-def untouched(folder: Path, assets: Path) -> Loaded:
+def untouched(folder: Path, assets: Path, device: str) -> Loaded:
     """The built-in model without its LoRA."""
     state = [read_packed(assets / name) for name in (TOWER, PROJECTOR)]
-    return load(write_nano(*state, None, folder), device="cpu", dtype="bfloat16")
+    return load(write_nano(*state, None, folder), device=device, dtype="bfloat16")
 
 
 def main() -> None:
@@ -110,12 +111,13 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=0.15, help="weight of a token of text beside one of a row with pictures")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="packed weights that are read")
     parser.add_argument("--out", type=Path, default=ASSETS / LORA, help="packed LoRA that is written")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu: where the rows are run")
     args = parser.parse_args()
     chance = random.Random(0)
-    taught = load(nano_folder(assets=args.assets), device="cpu", dtype="bfloat16")
+    taught = load(nano_folder(assets=args.assets), device=args.device, dtype="bfloat16")
     seen = moments(taught, with_pictures(taught, args.rows, chance), args.tokens)
     with tempfile.TemporaryDirectory() as aside:
-        plain = untouched(Path(aside) / "untouched", args.assets)
+        plain = untouched(Path(aside) / "untouched", args.assets, args.device)
         text = moments(plain, with_text(plain, args.text, chance), args.tokens)
     lora = read_packed(args.assets / LORA)
     for name, a in lora.items():
