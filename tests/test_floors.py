@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tessella"
 
 FLOORS = {
+    "bands": 0,
     "errors": 0,
     "geometry": 0,
     "marks": 1,

@@ -25,9 +25,11 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tessella.bands import each, resized, threads_for
 from tessella.errors import ConfigError, ImageError
 from tessella.geometry import UNCUT, Grid, Size, Window, fitted, roomiest_grid, window_of
 from tessella.transfer import sent
@@ -187,21 +189,26 @@ def cut_tiles(image: Image.Image, rule: TileRule) -> Tiles:
     total = count_tiles(image.width, image.height, rule)
     whole = None if total == tiles else 0 if rule.kind == "anyres" else tiles
     pixels = np.empty((total, 3, side, side), dtype=np.uint8)
+    threads = threads_for(max(image.width, side * grid.columns), max(image.height, side * grid.rows))
+    shown: list[NDArray[np.uint8]] = []  # (S, S, 3) of each tile, views
     if grid != UNCUT:
-        first = 1 if whole == 0 else 0
-        laid = np.asarray(_laid(image, rule, Size(side * grid.columns, side * grid.rows)))
-        cut = laid.reshape(grid.rows, side, grid.columns, side, 3).transpose(0, 2, 4, 1, 3)
-        pixels[first : first + tiles].reshape(grid.rows, grid.columns, 3, side, side)[...] = cut
+        laid = np.asarray(_laid(image, rule, Size(side * grid.columns, side * grid.rows), threads))
+        shown += [tile for row in laid.reshape(grid.rows, side, grid.columns, side, 3).swapaxes(1, 2) for tile in row]
     if whole is not None:
-        pixels[whole] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    digests = tuple(hashlib.sha256(tile.data).hexdigest() for tile in pixels)
+        shown.insert(whole, np.asarray(resized(image, side, side, threads)))
+
+    def put(tile: int) -> str:
+        pixels[tile] = shown[tile].transpose(2, 0, 1)
+        return hashlib.sha256(pixels[tile].data).hexdigest()
+
+    digests = tuple(each(put, range(total), threads))
     return Tiles(torch.from_numpy(pixels), grid, image.width, image.height, digests, whole)
 
 
-def _laid(image: Image.Image, rule: TileRule, room: Size) -> Image.Image:
+def _laid(image: Image.Image, rule: TileRule, room: Size, threads: int) -> Image.Image:
     """The picture as large as its grid: stretched, or with its own aspect on a ground."""
     if rule.kind in ("closest", "stretch"):
-        return image.resize(room, Image.Resampling.BICUBIC)  # aspect not kept, as trained
+        return resized(image, *room, threads)  # aspect not kept, as trained
     if rule.kind == "pad":  # first padded with the mean colour, then made smaller
         ground = tuple(int(255 * mean) for mean in CLIP_MEAN)
         return _on_ground(image, Size(max(image.size), max(image.size)), ground).resize(room, Image.Resampling.BICUBIC)
