@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from tessella.engine.kernels import attend, steps
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
 from tessella.engine.kernels.products import product
+from tessella.engine.kernels.prompts import QUERIES_AT_ONCE, Plan, look_back
 from tessella.engine.kernels.sight import activate, norm_of, scale_add_norm
 from tessella.model.layers import RMSNorm
 
@@ -160,6 +161,9 @@ def launches(family: Family, dtype: torch.dtype) -> None:
         turn = Turn(cosine, sine, places)
         attend.grow(empty(rows, heads.columns), heads, turn, norms, keys, values, table, places)
     attend.turn_and_put(empty(512, heads.columns), heads, turn, norms, empty(512, of=torch.int64), keys, values)
+    for queries in QUERIES_AT_ONCE:
+        plan = Plan(empty(3, 9, of=torch.int32), empty(9, of=torch.int32), queries)
+        look_back(empty(512, heads.columns), heads, plan, keys, values, empty(4, 128, of=torch.int32))
     one, norm = empty(1, width), empty(width)
     product(one, empty(heads.columns, width), norm=norm, eps=1e-6, bias=empty(heads.columns) if family.bias else None)
     product(empty(1, heads.query * heads.width), empty(width, heads.query * heads.width), residual=one)
@@ -170,7 +174,7 @@ def launches(family: Family, dtype: torch.dtype) -> None:
     steps.add_norm(empty(8, width), empty(8, width), norm, 1e-6)
     steps.gate(empty(8, 2 * between))
     steps.read(empty(8, of=torch.int32), empty(8, of=torch.int32), empty(8, of=torch.int64), empty(vocabulary, width))
-    steps.likeliest(empty(8, vocabulary), empty(8, of=torch.int64), empty(8, of=torch.int64))
+    steps.likeliest(empty(8, -(-vocabulary // 64) * 64)[:, :vocabulary], empty(8, of=torch.int64), empty(8, of=torch.int64))
     seen, sight = empty(8, 1024), torch.nn.LayerNorm(1024, dtype=dtype)  # InternViT-300M, and the norms of InternViT-6B
     scale_add_norm(seen, empty(8, 1024), empty(1024), sight)
     norm_of(empty(8, 3200), RMSNorm(3200, 1e-6).to(dtype))

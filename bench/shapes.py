@@ -2,11 +2,12 @@
 
     python bench/shapes.py --profile --json shapes.json
 
-Prints a table beside the bars of one H200. To find what is slow or wrong, switch parts off one by one: --run-ahead False,
---own-products False, --cuda-graphs False, --kernels False. --profile adds the kernels of decode steps, of one row and of many,
-and of a prompt with a picture. --peers vllm=http://127.0.0.1:8000 asks a server that was started beforehand the same. The
-weights are random numbers and the tokenizer is made up, so nothing is fetched; answers say nothing, speeds do. Pictures are
-cut into tiles before the clock starts, but for the row that says "from the pixels". --rows first one_tile measures those alone.
+Prints a table beside the bars of one H200. --rows first one_tile measures those alone. To find what is slow or wrong, switch
+parts off one by one: --run-ahead False, --own-prompts False, --own-products False, --cuda-graphs False, --kernels False.
+--profile adds the kernels of decode steps, of one row and of many, and of prompts with pictures. --peers
+vllm=http://127.0.0.1:8000 asks a server that was started beforehand the same. The weights are random numbers and the tokenizer
+is made up, so nothing is fetched; answers say nothing, speeds do. Pictures are cut into tiles before the clock starts, but for
+the row that says "from the pixels".
 """
 
 import gc
@@ -55,6 +56,7 @@ class Options:
     cuda_graphs: bool = True
     kernels: bool = True
     own_products: bool = True
+    own_prompts: bool = True
     profile: bool = False  # which kernels take how long
     rows: tuple[Literal["stream", "stream_13", "first", "text", "one_tile", "seven_tiles"], ...] = ROWS  # what is measured
     peers: tuple[str, ...] = ()  # NAME=URL of OpenAI servers, asked the same over HTTP afterwards
@@ -148,6 +150,7 @@ class Bench:
         cache = 40_000 if self.options.tiny else None
         o = self.options
         switches = {"run_ahead": o.run_ahead, "cuda_graphs": o.cuda_graphs, "kernels": o.kernels, "own_products": o.own_products}
+        switches["own_prompts"] = o.own_prompts
         settings = EngineSettings(cache_fraction=0.7, cache_tokens=cache, max_waiting=4096, **switches)  # type: ignore[arg-type]
         engine = Engine(self.model, self.tokenizer, settings)
         engine.start()

@@ -138,7 +138,7 @@ def assert_parted_at_a_near_tie(got: Sequence[int], plain: Sequence[int], exact:
     assert gap <= 4 * rounding, f"parted at id {parted} over a gap of {gap:.4f}, where bfloat16 rounds by {rounding:.4f}"
 
 
-@pytest.mark.parametrize("off", ["", "run_ahead", "own_products", "cuda_graphs", "kernels"])
+@pytest.mark.parametrize("off", ["", "run_ahead", "own_prompts", "own_products", "cuda_graphs", "kernels"])
 def test_6_whole_engines_agree_with_the_plain_way_with_each_switch_off(off: str) -> None:
     """Ids part from generate.py's at near ties alone, and logarithms are as near to float32's as the plain way's are.
 

@@ -60,15 +60,16 @@ def turn_of(places: list[int], config: object) -> Turn:
     return Turn(cosine[:, 0].contiguous(), sine[:, 0].contiguous(), torch.tensor(places, dtype=torch.int32, device=DEVICE))
 
 
-def test_growing_rows_and_prompts_with_and_without_a_past_in_one_step() -> None:
+@pytest.mark.parametrize(("size", "own"), [(4, False), (4, True), (16, False), (16, True)])  # of 4 tokens torch's own has to do
+def test_growing_rows_and_prompts_with_and_without_a_past_in_one_step(size: int, own: bool) -> None:
     config = family("InternLM2").language
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
     rows = [(5, 1), (0, 1), (31, 1), (0, 9), (12, 7)]  # past, new
     torch.manual_seed(0)
     numbers = iter(torch.randperm(40).tolist())
-    held = [Held([next(numbers) for _ in range(-(-sum(row) // 4))]) for row in rows]
+    held = [Held([next(numbers) for _ in range(-(-sum(row) // size))]) for row in rows]
     parts = [Part(row, past, past + new) for row, (past, new) in zip(held, rows, strict=True)]  # type: ignore[arg-type]
-    stores = [BlockStore(config, 40, 4, DEVICE, DTYPE) for _ in range(2)]
+    stores = [BlockStore(config, 40, size, DEVICE, DTYPE) for _ in range(2)]
     stores[0].keys.normal_()
     stores[0].values.normal_()
     stores[1].keys.copy_(stores[0].keys)
@@ -80,7 +81,7 @@ def test_growing_rows_and_prompts_with_and_without_a_past_in_one_step() -> None:
     )
     cosine, sine = (table[turn.places.long()][:, None] for table in (turn.cosine, turn.sine))
     plain = Paged(stores[0], parts, DEVICE)(1, rotate(q, cosine, sine), rotate(k, cosine, sine), v)
-    fast = PagedCuda(stores[1], heads, turn, parts, DEVICE)(1, qkv, None)
+    fast = PagedCuda(stores[1], heads, turn, parts, DEVICE, own=own)(1, qkv, None)
     torch.testing.assert_close(fast, plain.flatten(1), **NEAR)
     torch.testing.assert_close(stores[0].keys, stores[1].keys, **NEAR)
     torch.testing.assert_close(stores[0].values, stores[1].values)

@@ -10,6 +10,7 @@ from tessella.engine.draw import likeliest
 from tessella.engine.kernels import attend, steps
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
 from tessella.engine.kernels.products import product
+from tessella.engine.kernels.prompts import Plan, look_back, planned
 from tessella.model.attend import one_row
 from tessella.model.layers import RMSNorm, rotate
 
@@ -89,6 +90,30 @@ def test_prompts_are_turned_and_put() -> None:
     for store, new in ((keys, k), (values, v)):
         torch.testing.assert_close(store.transpose(1, 2).flatten(0, 1)[at], new, atol=1e-5, rtol=1e-4)
         assert int((store != 0).sum()) == new.numel()
+
+
+@pytest.mark.parametrize(("hq", "hk", "d", "block"), [(4, 2, 24, 16), (3, 3, 64, 32), (4, 1, 16, 128)])
+@pytest.mark.parametrize("parts", [[(0, 5), (33, 40)], [(0, 150), (31, 33), (16, 96)], [(127, 128), (64, 82)]])
+def test_prompts_look_back_through_their_blocks(hq: int, hk: int, d: int, block: int, parts: list[tuple[int, int]]) -> None:
+    """Rows with and without a past, in blocks that lie anywhere; what stands behind a row is never read."""
+    heads = Heads(hq, hk, d)
+    widths = [-(-end // block) for _, end in parts]
+    order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1)).split(widths)
+    keys, values = (torch.full((sum(widths), hk, block, d), torch.nan, device=DEVICE) for _ in range(2))
+    table, asked, oracle = torch.full((len(parts), max(widths)), 10**6, dtype=torch.int32), [], []
+    for row, ((start, end), blocks) in enumerate(zip(parts, order, strict=True)):
+        whole = random(end, heads.columns + row)[:, : heads.columns]
+        q, k, v = (x.unflatten(1, (-1, d)) for x in whole.split([n * d for n in (hq, hk, hk)], 1))
+        at = torch.arange(end)
+        for store, new in ((keys, k), (values, v)):
+            store.transpose(1, 2)[blocks[at // block], at % block] = new
+        table[row, : len(blocks)] = blocks
+        asked.append(whole[start:])
+        oracle.append(one_row(q, k, v)[start:].flatten(1))
+    told, queries = planned(parts)
+    plan = Plan(told[:3].to(DEVICE), told[3].to(DEVICE), queries)
+    out = look_back(torch.cat(asked), heads, plan, keys, values, table.to(DEVICE))
+    torch.testing.assert_close(out, torch.cat(oracle), atol=2e-5, rtol=1e-4)
 
 
 def test_few_rows_are_cut_into_many_stretches() -> None:

@@ -17,7 +17,7 @@ from engine.test_paged import Held
 from tessella.engine import fast_run, paged_cuda
 from tessella.engine.fast_run import FastRun
 from tessella.engine.graphs import DecodeStep
-from tessella.engine.kernels import attend, products, steps
+from tessella.engine.kernels import attend, products, prompts, steps
 from tessella.engine.lora import Adapters
 from tessella.engine.paged import BlockStore
 from tessella.engine.request import EngineSettings
@@ -68,7 +68,7 @@ class Launch:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Triton's kernels that were launched since."""
     seen: Counter[str] = Counter()
-    names = {attend: ("_grow", "_combine", "_turn_and_put"), products: ("_product",)}
+    names = {attend: ("_grow", "_combine", "_turn_and_put"), products: ("_product",), prompts: ("_look_back",)}
     names[steps] = ("_add_norm", "_gate", "_read", "_best_of_some", "_best_of_all")
     for module, kernels in names.items():
         for name in kernels:
@@ -134,5 +134,7 @@ def test_a_prompt_is_four_products_a_layer_and_few_kernels_also_with_a_past(laun
     products_ = before.seen["linear"]
     assert products_ == 4 * LAYERS
     each_layer = (sum(before.seen.values()) - products_) / LAYERS
-    assert each_layer <= 7, before.seen  # keys and values read back, both kinds of rows joined; the rest is made once a step
-    assert sum(launched.values()) <= 6 * LAYERS + 1
+    assert each_layer <= 3 and before.seen["cat"] == LAYERS, (
+        before.seen
+    )  # both kinds of rows joined; the rest is made once a step
+    assert launched["_look_back"] == LAYERS and sum(launched.values()) <= 7 * LAYERS + 1

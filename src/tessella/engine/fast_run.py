@@ -12,6 +12,7 @@ from torch import Tensor
 from tessella.engine.fast import FastDecoder
 from tessella.engine.graphs import DecodeGraphs, DecodeStep
 from tessella.engine.kernels.attend import Turn, turn_and_put
+from tessella.engine.kernels.prompts import QUERIES_AT_ONCE, Plan, fits, look_back
 from tessella.engine.lora import Adapters
 from tessella.engine.paged import BlockStore
 from tessella.engine.paged_cuda import PagedCuda
@@ -37,6 +38,7 @@ class FastRun:
         longest_row: int,
     ):
         self.model, self.store, self.frequencies = model, store, frequencies
+        self.own_prompts = settings.own_prompts
         self.decoder = FastDecoder(model, adapters, single=settings.own_products)
         positions = torch.arange(longest_row, device=model.device)
         self.cosine, self.sine = self._table(positions, frequencies)
@@ -53,7 +55,13 @@ class FastRun:
         zero = torch.zeros(1, device=self.model.device, dtype=torch.int64)
         slots = zero + self.store.filler * self.store.heads * self.store.block_tokens
         turn = Turn(self.cosine, self.sine, zero.to(torch.int32))
-        turn_and_put(qkv, heads, turn, layer.head_norms, slots, self.store.keys[0], self.store.values[0])
+        keys, values = self.store.keys[0], self.store.values[0]
+        turn_and_put(qkv, heads, turn, layer.head_norms, slots, keys, values)
+        if self.own_prompts and fits(self.store.block_tokens):
+            table = torch.full((1, 1), self.store.filler, device=self.model.device, dtype=torch.int32)
+            places = torch.zeros((3, 1), device=self.model.device, dtype=torch.int32)
+            for queries in QUERIES_AT_ONCE:
+                look_back(qkv, heads, Plan(places, places[0] + 1, queries), keys, values, table)
 
     def _table(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (T, D) of positions (T,)."""
@@ -71,5 +79,5 @@ class FastRun:
         else:
             every = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
             turn = Turn(*self._table(positions, frequencies), every)
-        attend = PagedCuda(self.store, self.decoder.heads, turn, parts, self.model.device)
+        attend = PagedCuda(self.store, self.decoder.heads, turn, parts, self.model.device, own=self.own_prompts)
         return self.decoder.run(embeddings, attend)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn, grow, turn_and_put
+from tessella.engine.kernels.prompts import Plan, fits, look_back, planned
 from tessella.engine.paged import BlockStore, blocks_to, token_places
 from tessella.engine.scheduler import Part
 from tessella.model.attend import packed
@@ -30,11 +31,21 @@ class Growing:
 
 
 class Prompts:
-    """Rows with several new tokens each, one after the other; those with a past are read back from their blocks."""
+    """Rows with several new tokens each, one after the other; those with a past are read back from their blocks.
 
-    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device):
+    own: whether by our kernel, which reads blocks as they lie, or by torch's, for which a past is gathered.
+    """
+
+    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device, own: bool):
         self.store, self.heads, self.turn = store, heads, turn
         self.places = sent(torch.cat([token_places(part, store) for part in parts]), device)
+        self.plan: Plan | None = None
+        if own and fits(store.block_tokens):
+            told, queries = planned([(part.start, part.end) for part in parts])
+            told = sent(told, device)
+            self.plan = Plan(told[:3], told[3], queries)
+            self.table = sent(block_table([blocks_to(part, store) for part in parts], store.filler), device)
+            return
         counts, ends = [part.end - part.start for part in parts], [part.end for part in parts]
         self.starts_q = sent(torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32), device)
         self.starts_k = sent(torch.tensor([0, *ends]).cumsum(0, dtype=torch.int32), device)
@@ -47,7 +58,10 @@ class Prompts:
 
     def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         hq, hk, d = self.heads
-        turn_and_put(qkv, self.heads, self.turn, norms, self.places, self.store.keys[layer], self.store.values[layer])
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        turn_and_put(qkv, self.heads, self.turn, norms, self.places, keys, values)
+        if self.plan is not None:
+            return look_back(qkv, self.heads, self.plan, keys, values, self.table)
         q, k, v = (x.unflatten(1, (-1, d)) for x in qkv.split((hq * d, hk * d, hk * d), dim=1))
         if self.whole is not None:
             k, v = self.store.tokens(layer, self.whole)  # once for each query head, as the packed kernel wants it
@@ -55,9 +69,9 @@ class Prompts:
 
 
 class PagedCuda:
-    """For one step that is not run by a graph. turn: of all tokens, growing rows' first."""
+    """For one step that is not run by a graph. turn: of all tokens, growing rows' first. own: see Prompts."""
 
-    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device):
+    def __init__(self, store: BlockStore, heads: Heads, turn: Turn, parts: Sequence[Part], device: torch.device, *, own: bool):
         self.growing = sum(part.end - part.start == 1 for part in parts)
         rows, prompts = parts[: self.growing], parts[self.growing :]
         cosine, sine, places = turn
@@ -68,7 +82,7 @@ class PagedCuda:
             self.first = Growing(store, heads, Turn(cosine, sine, places[: self.growing]), table, positions)
         self.rest: Prompts | None = None
         if prompts:
-            self.rest = Prompts(store, heads, Turn(cosine, sine, places[self.growing :]), prompts, device)
+            self.rest = Prompts(store, heads, Turn(cosine, sine, places[self.growing :]), prompts, device, own)
 
     def __call__(self, layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         n = self.growing

@@ -132,6 +132,7 @@ class EngineSettings:
     run_ahead: bool | None = None  # launch a step before the ids of the last are known; None: on a GPU
     cuda_graphs: bool = True  # decode through captured graphs on a GPU
     kernels: bool = True  # on a GPU in 16-bit types: joined products and our kernels between them; false also means no graphs
+    own_prompts: bool = True  # prompts look back through our kernel, instead of torch's packed one
     own_products: bool = True  # one row alone: our kernels for its products too, instead of cuBLAS
 
     def __post_init__(self) -> None:
