@@ -164,7 +164,16 @@ def test_a_renamed_repository_is_fetched_and_the_new_name_told(hub: Hub) -> None
     assert hub_folder(HubName("OpenGVLab/Old-Name")) == folder and not hub.asked
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "HF_TOKEN"), (403, "answered 403"), (503, "answered 503")])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "does not know who asks: .* HF_TOKEN"),
+        (403, "answered 403: it knows you, and does not let you read this"),
+        (404, "answered 404: is HF_ENDPOINT a model hub"),
+        (429, "answered 429: it was asked too often; wait"),
+        (503, "answered 503; .* try again later"),
+    ],
+)
 def test_a_refusal_is_told(hub: Hub, status: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     hub.status = status
@@ -178,6 +187,27 @@ def test_no_network_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         find_model(NAME)
 
 
+def test_an_endpoint_that_is_no_address(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    with pytest.raises(DownloadError, match=r"HF_ENDPOINT is 'hf-mirror.com', which is no address; write it as https://HOST"):
+        find_model(NAME)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/OpenGVLab/InternVL2-2B", "OpenGVLab/InternVL2-2B"),
+        ("https://huggingface.co/OpenGVLab/InternVL2-2B/tree/main", "OpenGVLab/InternVL2-2B@main"),
+        ("https://huggingface.co/OpenGVLab/InternVL2-2B/blob/main/config.json", "OpenGVLab/InternVL2-2B"),
+        ("https://www.modelscope.cn/models/OpenGVLab/InternVL2-2B/files", "modelscope:OpenGVLab/InternVL2-2B"),
+    ],
+)
+def test_the_address_of_a_page_is_told_how_to_be_typed(hub: Hub, address: str, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"is the address of a page; .*: say {name}$"):
+        find_model(address)
+    assert hub.asked == []
+
+
 def test_offline_without_a_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DownloadError, match=r"not in the local cache, and HF_HUB_OFFLINE is set"):
@@ -188,9 +218,18 @@ def test_offline_without_a_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
 def test_too_small_a_disk_is_told_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(os.curdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match="MiB are needed"):
+    with pytest.raises(CheckpointError, match=r"MiB are needed in .*set HF_HUB_CACHE to a folder on another disk"):
         find_model(NAME)
     assert got(hub) == []
+
+
+def test_a_cache_that_takes_no_writing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(CheckpointError, match=r"cache, where models are kept, does not let us write .*set HF_HUB_CACHE"):
+        find_model(NAME)
 
 
 def test_a_disk_that_fills_up_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,13 +165,13 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path} is no manifest of ours ({error!r}); move {folder} away") from error
 
 
-def check_room(folder: Path, num_bytes: int) -> None:
+def check_room(folder: Path, num_bytes: int, way_out: str = "write to another disk") -> None:
     """Raises CheckpointError when the disk of folder has no room for num_bytes and a little more."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes + SPARE_BYTES:
         raise CheckpointError(
             f"{-(-(num_bytes + SPARE_BYTES) // 2**20):,} MiB are needed in {folder}, {free // 2**20:,} MiB are free; "
-            "free some, or write to another disk"
+            f"free some, or {way_out}"
         )
 
 

@@ -28,7 +28,15 @@ MODELSCOPE = "modelscope:"
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME = re.compile(rf"(?P<hub>{MODELSCOPE})?(?P<repository>{PART}/{PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?")
 SMALL = (".json", ".txt", ".model", ".jinja", ".py")
+ADDRESS = re.compile(rf"https?://(?P<host>[^/]+)/(?:models/)?(?P<repository>{PART}/{PART})(?:/tree/(?P<revision>[^/]+))?(?:/.*)?")
 CONFIGS = ("config.json", ADAPTER_CONFIG)
+ANOTHER_DISK = "set HF_HUB_CACHE to a folder on another disk"
+REFUSALS = {  # what a hub means by an answer -> what to do
+    401: "does not know who asks: log in with `hf auth login`, or set HF_TOKEN; if it is set, it is wrong or worn out",
+    403: "answered 403: it knows you, and does not let you read this; ask its owner, or log in as someone who may (HF_TOKEN)",
+    404: "answered 404: is HF_ENDPOINT a model hub, and the name spelt as there?",
+    429: "answered 429: it was asked too often; wait some minutes, or log in (HF_TOKEN) to be allowed more",
+}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,6 +58,14 @@ def hub_name(word: str) -> HubName | None:
     if found is None or ".." in word:
         return None
     return HubName(found["repository"], found["revision"], found["hub"] is not None)
+
+
+def name_in_address(word: str) -> str | None:
+    """What a page's address on a hub is to be typed as, or None when it is no such address."""
+    found = ADDRESS.fullmatch(word)
+    if found is None:
+        return None
+    return str(HubName(found["repository"], found["revision"], "modelscope" in found["host"]))
 
 
 def hub_folder(name: HubName, *, weights: bool = True, say: Callable[[str], None] | None = None) -> Path:
@@ -103,7 +119,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    """Raises DownloadError when HF_ENDPOINT is no address."""
+    told = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not told.startswith(("http://", "https://")):
+        raise DownloadError(f"HF_ENDPOINT is {told!r}, which is no address; write it as https://HOST, or unset it")
+    return told
 
 
 def cache() -> Path:
@@ -141,8 +161,9 @@ def _fetch(name: HubName, weights: bool, say: Callable[[str], None]) -> Path:
         folder = _repository(name) / "snapshots" / commit
         missing = {file: size for file, size in wanted(sizes, weights, str(name)).items() if not (folder / file).is_file()}
         cache().mkdir(parents=True, exist_ok=True)
-        check_room(cache(), sum(missing.values()))
-        say(f"fetching {len(missing)} files of {name}, {sum(missing.values()) / 2**20:,.0f} MiB, into {folder}")
+        check_room(cache(), sum(missing.values()), ANOTHER_DISK)
+        files = f"{len(missing)} file{'s' if len(missing) != 1 else ''}"
+        say(f"fetching {files} of {name}, {sum(missing.values()) / 2**20:,.0f} MiB, into {folder}")
         # Written first: a fetch that breaks is found again under the same commit, even if the branch has moved on.
         _write_reference(name, commit)
         for file in missing:
@@ -209,7 +230,12 @@ def _told(name: HubName) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(
                 f"the disk of {cache()} is full, so {name} could not be fetched whole; files that arrived whole are kept: "
-                "free some room and try again, or set HF_HUB_CACHE to a folder on another disk"
+                f"free some room and try again, or {ANOTHER_DISK}"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise CheckpointError(
+                f"{cache()}, where models are kept, does not let us write ({error.strerror}); "
+                "set HF_HUB_CACHE to a folder that does"
             ) from error
         if error.errno is not None:
             raise
@@ -224,10 +250,7 @@ def _network(name: HubName, error: BaseException) -> str:
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        if status == 401:
-            what = "does not know this HF_TOKEN: log in again with `hf auth login`, or unset it"
-        else:
-            what = f"answered {status}; files that arrived whole are kept: try again later"
+        what = REFUSALS.get(status, f"answered {status}; files that arrived whole are kept: try again later")
         return f"fetching {name}: {endpoint()} {what}"
     return (
         f"{endpoint()} could not be reached, or broke off, while fetching {name} ({_first_line(error)}); whole files are kept: "

@@ -21,7 +21,7 @@ from tessella.checkpoint.adapters import CONFIG, is_adapter, learned_in, read_ad
 from tessella.checkpoint.blank import blank_model
 from tessella.checkpoint.builtin import NANO, nano_folder
 from tessella.checkpoint.fingerprint import fingerprint, require_base
-from tessella.checkpoint.hub import hub_folder, hub_name
+from tessella.checkpoint.hub import hub_folder, hub_name, name_in_address
 from tessella.checkpoint.lowrank import combined, fit, merge_adapter
 from tessella.checkpoint.names import (
     EMBEDDING,
@@ -143,6 +143,9 @@ def _from_hub(word: str, weights: bool) -> Path:
         return hub_folder(name, weights=weights)
     if word in PUBLISHED:
         raise CheckpointError(f"{word} is a published model, and its weights are not here; say {HUB}/{word} to fetch them")
+    address = name_in_address(word)
+    if address is not None:
+        raise CheckpointError(f"{word} is the address of a page; a model on a hub is named without it: say {address}")
     family = [known for known in PUBLISHED if known.startswith(word.partition("-")[0] + "-")]
     known = f"; published models of that family are {', '.join(family)}" if family else ""
     raise CheckpointError(
