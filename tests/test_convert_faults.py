@@ -239,6 +239,11 @@ def truncated(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[:-100])
 
 
+def cut_in_its_header(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:1000])
+
+
 def quantised(folder: Path) -> None:
     change_tensors(folder, lambda state: state.update({"mlp1.1.weight": state["mlp1.1.weight"].to(torch.int8)}))
 
@@ -278,7 +283,8 @@ def no_config(folder: Path) -> None:
     [
         (missing_tensor, "1 are missing: mlp1.1.weight"),
         (transposed, "mlp1.1.weight is"),
-        (truncated, "not a whole safetensors file"),
+        (truncated, r"not a whole safetensors file \(it holds 6\d\d,\d\d\d of 6\d\d,\d\d\d bytes\)"),
+        (cut_in_its_header, r"not a whole safetensors file \(it holds 1,000 bytes and ends within its header\)"),
         (quantised, "quantised weights are not read"),
         (missing_shard, "model-00001-of-00002.safetensors"),
         (mixed_names, "mixes two layouts"),

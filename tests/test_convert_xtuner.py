@@ -96,14 +96,17 @@ def test_a_pickle_with_code_in_it_is_refused_by_name(internlm2: Path, tmp_path: 
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": xtuner_state({}, internlm2), "meta": _Mine()}, tmp_path / "evil.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps({"state_dict": _Mine()}))
+    (tmp_path / "oldest.pth").write_bytes(pickle.dumps({"state_dict": _Mine()}, protocol=2))
     buffer = io.BytesIO()
     torch.save({"state_dict": _Mine()}, buffer, _use_new_zipfile_serialization=False)
     (tmp_path / "older.pth").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"pickle with code in it \(io\.open\)"):
-        convert(tmp_path / "evil.pth", tmp_path / "out", origin=Origin(str(internlm2)))
-    for name in ("old.pth", "older.pth"):
-        with pytest.raises(CheckpointError, match="not run"):
+    for name in ("evil.pth", "old.pth", "older.pth", "oldest.pth"):
+        with pytest.raises(CheckpointError, match=r"pickle with code in it \(io\.open\), which is refused") as told:
             convert(tmp_path / name, tmp_path / "out", origin=Origin(str(internlm2)))
+        assert "weights_only" not in str(told.value)  # torch advises to open it all the same
+    (tmp_path / "junk.pth").write_bytes(b"not a pickle")
+    with pytest.raises(CheckpointError, match=r"junk\.pth cannot be read: it is no pickle of tensors, or it is cut or damaged"):
+        convert(tmp_path / "junk.pth", tmp_path / "out", origin=Origin(str(internlm2)))
     assert not (tmp_path / "opened-by-a-pickle").exists() and not (tmp_path / "out").exists()
 
 

@@ -245,8 +245,7 @@ def _require_rows(parts: Sequence[Pair | None], counts: Sequence[int], names: Se
     for pair, count in zip(parts, counts, strict=True):
         if pair is not None and pair.b.shape[0] != count:
             raise CheckpointError(
-                f"wrong shapes: lora_B of {some(names)} has {pair.b.shape[0]} rows, must have {count}; "
-                f'the adapter was taught on "{adapter.base}": give that base'
+                f"wrong shapes: lora_B of {some(names)} has {pair.b.shape[0]} rows, must have {count}; {_its_base(adapter)}"
             )
 
 
@@ -264,13 +263,20 @@ def _check(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if lost:
         raise CheckpointError(
             f"{len(lost)} of {len(wanted)} tensors of {adapter.folder} have no place in the base: {some(lost)}; "
-            f'it was taught on "{adapter.base}": give that base'
+            f"{_its_base(adapter)}"
         )
     wrong = [
         f"{name} {shape} in the adapter, {shapes[name]} in the base" for name, shape in wanted.items() if shape != shapes[name]
     ]
     if wrong:
-        raise CheckpointError(f'wrong shapes: {some(wrong, 3)}; the adapter was taught on "{adapter.base}": give that base')
+        raise CheckpointError(f"wrong shapes: {some(wrong, 3)}; {_its_base(adapter)}")
+
+
+def _its_base(adapter: Adapter) -> str:
+    """The way out, as far as the adapter says what it was taught on; XTuner's files and others do not."""
+    if not adapter.base:
+        return "give the base that it was taught on"
+    return f'it says that it was taught on "{adapter.base}": give that base; if it was given, this is an adapter of another model'
 
 
 def combined(first: Adapter, second: Adapter) -> Adapter:

@@ -272,8 +272,8 @@ def _open_adapter(path: Path, origin: Origin, above: tuple[Path, ...]) -> Source
 
 def _with(below: Source, adapter: Adapter, path: Path, kind: Kind) -> Source:
     """The source with one more adapter on it."""
-    adapter = replace(adapter, base=adapter.base or below.base)
     fitted = fit(adapter, below.shapes, below.config.language, native_layout(below.config))
+    fitted = replace(fitted, base=fitted.base or below.base)
     if fitted.changes_nothing() and (kind != "adapter" or routing_in(path) is None):
         raise CheckpointError(
             f"{path} changes nothing: all {len(fitted.pairs)} of its low-rank products are zero, as before the first step; "

@@ -31,6 +31,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+LONGEST_HEADER = 10**8  # safetensors' own limit
 AHEAD = 4  # pieces that are read before the oldest of them is written: on a busy machine threads come late to their turn
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -52,7 +53,9 @@ class Weights:
         try:
             handle = safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file ({error}); fetch or write it again") from error
+            raise CheckpointError(
+                f"{file} is not a whole safetensors file ({_what_is_short(file) or error}); fetch or write it again"
+            ) from error
         begins = _begins(file)
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             if name in self.files:
@@ -100,6 +103,21 @@ class Weights:
         return sum(_count(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
 
+def _what_is_short(file: Path) -> str:
+    """How far a broken download came, as far as the file's own beginning says; "" where it says nothing."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if size < 8 + length < LONGEST_HEADER:
+                return f"it holds {size:,} bytes and ends within its header"
+            rows = json.loads(opened.read(min(length, LONGEST_HEADER)))
+        end = 8 + length + max(row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return ""
+    return f"it holds {size:,} of {end:,} bytes" if size < end else ""
+
+
 def _begins(file: Path) -> dict[str, int]:
     """Where each tensor's bytes begin. The header was checked by safetensors itself before."""
     with file.open("rb") as opened:
@@ -127,7 +145,8 @@ def _open_shards(folder: Path) -> Weights:
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise CheckpointError(
-                f"{INDEX} names the shard {shard!r}, which is not in {folder}; {len(shards)} shards belong there"
+                f"{INDEX} names the shard {shard!r}, which is not in {folder}; of {len(shards)} shards that belong there, fetch "
+                "those that are missing"
             )
     weights = Weights([folder / shard for shard in shards])
     wrong = [name for name, file in weights.files.items() if planned.get(name) != file.name]

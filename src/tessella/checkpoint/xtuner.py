@@ -7,9 +7,11 @@ Source: xtuner/model/internvl.py at v0.1.23; mmengine 0.10.7, _strategy/deepspee
 """
 
 import ast
+import contextlib
 import pickle
+import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,29 @@ def _file_of(path: Path) -> Path:
     return files[0]
 
 
+def _code_in(path: Path) -> list[str]:
+    """Names of code in an old pickle, which is no zip, read without running it; those of tensors are left out."""
+    found: list[str] = []
+    words: list[str] = []
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # behind the pickles lie the numbers
+        while True:
+            for operation, argument, _place in pickletools.genops(file):
+                if operation.name == "GLOBAL":
+                    found.append(str(argument).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    found.append(".".join(words[-2:]))
+                elif isinstance(argument, str):
+                    words.append(argument)
+    return [name for name in found if name not in LOGGER and not name.startswith(("torch.", "collections."))]
+
+
+def _told_code(path: Path, names: Sequence[str]) -> str:
+    return (
+        f"{path} is a pickle with code in it ({some(sorted(names))}), which is refused: it would run on opening. "
+        "Save the state_dict alone, where you trust the file, and give that"
+    )
+
+
 def _load(path: Path) -> Mapping[str, Any]:
     """The dict of a pickle of tensors. Raises CheckpointError, naming what is refused."""
     allowed = [(_Nothing, name) for name in LOGGER]
@@ -126,14 +151,15 @@ def _load(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
             if refused:
-                raise CheckpointError(
-                    f"{path} is a pickle with code in it ({some(sorted(refused))}), which is refused: it would run on opening. "
-                    "Save the state_dict alone, where you trust the file, and give that"
-                )
+                raise CheckpointError(_told_code(path, refused))
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        # torch's own words advise to open it all the same, with the code in it
+        code = [] if is_zip or not path.is_file() else _code_in(path)
+        if code:
+            raise CheckpointError(_told_code(path, code)) from error
         raise CheckpointError(
-            f"{path} cannot be read as a pickle of tensors ({str(error).splitlines()[0]}); it was not run"
+            f"{path} cannot be read: it is no pickle of tensors, or it is cut or damaged; fetch or save it again"
         ) from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, must be a dict of tensors")
