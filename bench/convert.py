@@ -165,7 +165,7 @@ def measured_ways(work: Path, source: Path, out: Path, to: str) -> None:
             show(to, how, wall, cpu, peak, None)
         else:
             waiting.append((how, wall, cpu, peak))
-        if how == "write":
+        if how == "write" or (how, to) == ("convert", "official"):  # the next cp needs its room; a native one is converted back
             shutil.rmtree(out)
 
 
@@ -201,7 +201,6 @@ def main() -> None:
     shutil.rmtree(official)
     measured_ways(told.work, native, back, "official")
     shutil.rmtree(native)
-    shutil.rmtree(back)
 
 
 if __name__ == "__main__":
