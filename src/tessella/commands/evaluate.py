@@ -35,6 +35,9 @@ class Evaluate:
     """Folder of photographs: the grounds of half of the scenes; default: drawn grounds alone."""
     coco: tuple[Path, ...] = ()
     """COCO-style files of your own pictures, scored like scenes."""
+    judge: Path | None = None
+    """With scene kind draw: a file for an independent judge of drawn foods, a small network that saw the shipped drawings alone;
+    it is taught and put there when the file is not there (minutes on a CPU)."""
     metric: Literal["exact", "contains", "choice", "anls"] = "exact"
     """What is right: the same words, holding them, the same letter, or near in spelling."""
     image_root: Path | None = None
@@ -71,6 +74,8 @@ class Evaluate:
 
         if self.scenes is not None or self.coco:
             return self._run_scenes()
+        if self.judge is not None:
+            raise ConfigError("--judge goes with --scenes and --scene-kinds draw; leave it out")
         questions = Questions(
             data=self.data,
             recipe=self.recipe,
@@ -99,6 +104,8 @@ class Evaluate:
             raise ConfigError(f"--scenes and --coco ask their own questions; leave {' and '.join(extra)} out")
         if self.scenes is not None and self.scenes < 1:
             raise ConfigError(f"scenes is {self.scenes}, must be at least 1")
+        if self.judge is not None and "draw" not in self.scene_kinds:
+            raise ConfigError("--judge looks at drawn foods; say --scene-kinds draw, or leave it out")
         wish = SceneWish(
             count=min(self.scenes or 0, self.limit or self.scenes or 0),
             kinds=self.scene_kinds,
@@ -110,6 +117,7 @@ class Evaluate:
             coco=self.coco,
             image_root=self.image_root,
             max_tokens=max(self.max_tokens, 160),
+            judge=self.judge,
         )
         settings = Settings(
             self.place.device, self.place.dtype, self.max_tiles, self.system, self.batch_items, self.limit_megapixels

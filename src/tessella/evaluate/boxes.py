@@ -17,6 +17,7 @@ import numpy as np
 from tessella.decode import Shown
 from tessella.evaluate.metrics import Interval, wilson
 from tessella.marks import boxes_in
+from tessella.model.decoders.boxes import SURE
 from tessella.scenes.requests import Asked
 from tessella.scenes.truth import Box, Mask, overlap_of_boxes, overlap_of_masks
 
@@ -33,6 +34,7 @@ class SceneAnswer:
     text: str
     shown: tuple[Shown, ...]
     read_back: str = ""  # what the model itself calls the picture that it drew
+    judged: str | None = None  # what the independent judge calls it; None: nobody asked it
 
     @property
     def routed_right(self) -> bool:
@@ -77,9 +79,12 @@ class SceneScore:
     named: Share
     counted: Share
     drawn: Share  # new pictures that the model itself calls by the name that was asked for
+    judged: Share  # and that the independent judge does
+    ap50_asked: float | None  # of the classes that the request named, so that only the decoder can err
+    mask_overlap_asked: float | None
 
     def as_json(self) -> dict[str, Any]:
-        shares = ("routing", "grounded", "text_grounded", "named", "counted", "drawn")
+        shares = ("routing", "grounded", "text_grounded", "named", "counted", "drawn", "judged")
         plain = {key: value for key, value in asdict(self).items() if key not in shares}
         return {**plain, **{name: getattr(self, name).as_json() for name in shares}}
 
@@ -89,17 +94,22 @@ class SceneScore:
             ("routing token right, or none", str(self.routing)),
             ("boxes, AP50", "not asked" if self.ap50 is None else f"{self.ap50:.3f} over {self.objects} objects"),
             ("masks, mean overlap", "not asked" if self.mask_overlap is None else f"{self.mask_overlap:.3f} over {self.masks}"),
+            ("boxes of foods that the request names, AP50", "not asked" if self.ap50_asked is None else f"{self.ap50_asked:.3f}"),
+            ("their masks", "not asked" if self.mask_overlap_asked is None else f"{self.mask_overlap_asked:.3f}"),
             ("[GRD], overlap of half", str(self.grounded)),
             ("boxes in words, overlap of half", str(self.text_grounded)),
             ("foods named, all of a scene", str(self.named)),
             ("foods counted", str(self.counted)),
             ("drawn foods that the model itself names right", str(self.drawn)),
+            ("drawn foods that the independent judge does", str(self.judged)),
         ]
 
 
 def score_answers(answers: Sequence[SceneAnswer]) -> SceneScore:
     boxed = [one for one in answers if any(truth.route in ("[DET]", "[SEG]") for truth in one.asked.truths)]
     overlaps = [overlap for one in boxed for overlap in mask_overlaps(one)]
+    named_in_it = [one for one in boxed if one.asked.kind in ("detect", "segment")]
+    asked = [overlap for one in named_in_it for overlap in mask_overlaps(one)]
     return SceneScore(
         routing=_share([one.routed_right for one in answers]),
         ap50=ap50(boxed),
@@ -110,6 +120,9 @@ def score_answers(answers: Sequence[SceneAnswer]) -> SceneScore:
         text_grounded=_share([text_grounded(one) for one in answers if one.asked.kind == "text"]),
         named=_share([named(one) for one in answers if one.asked.kind == "name"]),
         drawn=_share([one.asked.truths[0].label == one.read_back for one in answers if one.asked.kind == "draw"]),
+        judged=_share([one.asked.truths[0].label == one.judged for one in answers if one.judged is not None]),
+        ap50_asked=ap50(named_in_it),
+        mask_overlap_asked=float(np.mean(asked)) if asked else None,
         counted=_share([one.text == one.asked.messages[-1].text for one in answers if one.asked.kind == "count"]),
     )
 
@@ -121,7 +134,12 @@ def _share(right: Sequence[bool]) -> Share:
 def grounded(answer: SceneAnswer) -> bool:
     """Whether the box behind [GRD] overlaps the true one by half."""
     true = answer.asked.truths[0].boxes[0]
-    return any(overlap_of_boxes(Box(*one.box), true) >= RIGHT_OVERLAP for shown in answer.shown for one in shown.objects[:1])
+    return any(
+        overlap_of_boxes(Box(*one.box), true) >= RIGHT_OVERLAP
+        for shown in answer.shown
+        for one in shown.objects[:1]
+        if one.score >= SURE
+    )
 
 
 def text_grounded(answer: SceneAnswer) -> bool:
@@ -140,10 +158,12 @@ def named(answer: SceneAnswer) -> bool:
 
 
 def mask_overlaps(answer: SceneAnswer) -> list[float]:
-    """Of each true object with a mask, the overlap with the found object of its name that fits it best."""
+    """Of each true object with a mask, the overlap with the found object of its name that fits it best. What a person would
+    not be shown is not found: AP50 alone looks at faint objects.
+    """
     free: dict[str, list[Mask]] = defaultdict(list)
     for shown in answer.shown:
-        free[shown.label] += [one.mask.numpy() for one in shown.objects]
+        free[shown.label] += [one.mask.numpy() for one in shown.objects if one.score >= SURE]
     found = []
     for truth in answer.asked.truths:
         for mask in truth.masks:

@@ -24,6 +24,7 @@ from tessella.checkpoint.read import Loaded, load
 from tessella.decode import decode_routed
 from tessella.errors import DataError
 from tessella.evaluate.boxes import SceneAnswer, SceneScore, score_answers
+from tessella.evaluate.judge import Judged, judge_at
 from tessella.evaluate.run import Settings
 from tessella.files import write_whole
 from tessella.foods import STYLES
@@ -35,7 +36,7 @@ from tessella.provenance import provenance
 from tessella.sampling import GREEDY
 from tessella.scenes.coco import CocoRequest, read_coco
 from tessella.scenes.compose import SIDE_PX, Kit, photos_in
-from tessella.scenes.requests import ASK, BOX_KINDS, PICTURE_KINDS, PLAIN_KINDS, Asks, Request
+from tessella.scenes.requests import ASK, BOX_KINDS, PICTURE_KINDS, PLAIN_KINDS, Asks, Request, name_of
 
 FAINT = 0.05  # objects down to this score count for AP50, which looks at the whole curve
 MOST_CARDS = 60
@@ -55,6 +56,7 @@ class SceneWish:
     coco: tuple[Path, ...] = ()
     image_root: Path | None = None
     max_tokens: int = 160
+    judge: Path | None = None  # file of the independent judge of drawn foods; made there when it is missing
 
     def requests(self) -> list[Asks]:
         """Raises DataError when there is nothing to ask."""
@@ -92,11 +94,14 @@ def score_scenes(models: Sequence[str], wish: SceneWish, settings: Settings, htm
     if not models:
         raise DataError("there is no model to score; give one MODEL or more")
     asks, console = wish.requests(), Console()
+    judge = None if wish.judge is None else judge_at(wish.judge, Console(stderr=True).print)
     rows = []
     for model in models:
-        rows.append(_row(model, asks, wish, settings))
+        rows.append(_row(model, asks, wish, settings, judge))
         gc.collect()
     console.print(_table(rows))
+    if judge is not None:
+        console.print(f"the judge itself names {judge.right:,} of {judge.views:,} unseen views of the shipped drawings right")
     origin = provenance()
     if html is not None:
         write_whole(html, _page(rows, str(origin.date), origin.command))
@@ -105,10 +110,11 @@ def score_scenes(models: Sequence[str], wish: SceneWish, settings: Settings, htm
         {"model": row.model, **row.score.as_json(), "seconds": row.seconds, "device": row.device, "dtype": row.dtype}
         for row in rows
     ]
-    return {"task": "scenes", "requests": len(asks), "style": wish.style, "origin": asdict(origin), "models": listed}
+    known = {} if judge is None else {"judge": {"right": judge.right, "views": judge.views}}
+    return {"task": "scenes", "requests": len(asks), "style": wish.style, "origin": asdict(origin), **known, "models": listed}
 
 
-def _row(model: str, asks: Sequence[Asks], wish: SceneWish, settings: Settings) -> SceneRow:
+def _row(model: str, asks: Sequence[Asks], wish: SceneWish, settings: Settings, judge: Judged | None) -> SceneRow:
     loaded = load(model, device=settings.device, dtype=settings.dtype, max_tiles=settings.max_tiles, system=settings.system)
     loaded.inputs.limit_megapixels = settings.limit_megapixels
     begun = time.monotonic()
@@ -116,7 +122,7 @@ def _row(model: str, asks: Sequence[Asks], wish: SceneWish, settings: Settings) 
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(model, total=len(asks))
         for some in _answers(loaded, asks, wish.max_tokens, settings.batch_items):
-            answers += some
+            answers += some if judge is None else [judged_by(judge, answer) for answer in some]
             progress.advance(bar, len(some))
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return SceneRow(
@@ -155,6 +161,15 @@ def read_back(loaded: Loaded, answer: SceneAnswer) -> SceneAnswer:
     prompt = loaded.inputs.build([question], [Picture(drawn[0].resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC))])
     ids = generate_batch(loaded.model, [prompt], replace(GREEDY, max_tokens=24), loaded.stop_ids)[0]
     return replace(answer, read_back=loaded.tokenizer.decode(ids).strip())
+
+
+def judged_by(judge: Judged, answer: SceneAnswer) -> SceneAnswer:
+    """The answer with what the judge calls the picture that was drawn; "" where none was drawn though one was asked for."""
+    if answer.asked.kind != "draw":
+        return answer
+    drawn = [one.picture for one in answer.shown if one.picture is not None]
+    language = "zh" if has_chinese(answer.asked.truths[0].label) else "en"
+    return replace(answer, judged=name_of(judge.name(drawn[0]), language) if drawn else "")
 
 
 def has_chinese(text: str) -> bool:
