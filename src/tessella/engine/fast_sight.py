@@ -66,5 +66,8 @@ def embedded(embeddings: Embeddings, tiles: Tensor) -> Tensor:
     patches = tiles[:, :, :whole, :whole].reshape(n, 3, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
     tokens = tiles.new_empty(n, 1 + side * side, conv.out_channels)
     tokens[:, :1] = embeddings.class_embedding.to(tokens.dtype)
-    tokens[:, 1:] = F.linear(patches.reshape(n, side * side, -1), conv.weight.flatten(1), conv.bias)
+    numbers = 3 * p * p
+    missing = -numbers % 8  # rows of 588 numbers are no multiple of 16 bytes, which the quick products of cuBLAS want
+    weight = F.pad(conv.weight.flatten(1), (0, missing))
+    tokens[:, 1:] = F.linear(F.pad(patches.reshape(n, side * side, numbers), (0, missing)), weight, conv.bias)
     return tokens.add_(embeddings.positions(side, side).to(tokens.dtype))
