@@ -14,6 +14,7 @@ from PIL import Image
 
 WORTH_THREADS_PX = 500_000  # pixels of a picture: below that a thread costs more than it brings
 MOST_THREADS = 8
+BAND_PX = 500_000
 Thing = TypeVar("Thing")
 Made = TypeVar("Made")
 
