@@ -88,6 +88,18 @@ def test_boxes_in_words_are_drawn_too(picture: Path) -> None:
     assert lines == [f"written: {picture.parent / 'dish-answer1-boxes.png'}"]
 
 
+def test_what_an_earlier_sitting_wrote_stays(picture: Path) -> None:
+    image = Image.new("RGB", (8, 8), "red")
+    first = Files(picture, 1)
+    first.save(image, "boxes")
+    first.save(image, "mask1")
+    assert Path(Files(picture, 1).save(image, "boxes")).name == "dish-answer2-boxes.png"
+    assert sorted(path.name for path in picture.parent.glob("*-answer1-*")) == [
+        "dish-answer1-boxes.png",
+        "dish-answer1-mask1.png",
+    ]
+
+
 def test_a_folder_that_takes_no_file_is_told_and_the_words_stand(tmp_path: Path) -> None:
     lines = show("", [Shown("[GEN]", "apple", picture=Image.new("RGB", (8, 8)))], Files(tmp_path / "gone" / "dish.png", 1))
     assert "apple: a picture of 8 x 8 px" in lines[0] and "cannot be written" in lines[1]
@@ -99,6 +111,13 @@ def test_a_missing_decoder_is_a_sentence_and_the_words_still_come(folder: Path, 
     printed, talk = asked(load(copy, device="cpu", dtype="float32"), None)
     assert "[DET]" in printed and "boxes.safetensors is missing" in printed
     assert talk.turns[0].routed[0]["trouble"]
+
+
+def test_a_token_whose_queries_found_no_room_is_told(folder: Path) -> None:
+    loaded = load(folder, device="cpu", dtype="float32")
+    talk, out = Talk(loaded, SamplingParams(max_tokens=3)), io.StringIO()
+    answer_once(talk, "what is it?", [], out)
+    assert "no room was left for its 4 queries" in out.getvalue() and "--max-tokens" in out.getvalue()
 
 
 def test_conversion_carries_routing_along_and_proves_it(folder: Path, tmp_path: Path) -> None:

@@ -70,9 +70,19 @@ def decode_routed(
             shown[place] = replace(
                 shown[place], objects=() if isinstance(one, str) else one, trouble=one if isinstance(one, str) else ""
             )
-    return [
+    told = [
         one if routed[k].route.kind == "boxes" else _painted(model, prompt, routed[k], one, seed) for k, one in enumerate(shown)
     ]
+    return told + _without_room(tokenizer, ids, routed)
+
+
+def _without_room(tokenizer: Tokenizer, ids: Sequence[int], routed: Sequence[Routed]) -> list[Shown]:
+    """The routing token that an answer ended with because its queries did not fit, told; else nothing."""
+    last = tokenizer.routes.of(ids[-1]) if ids else None
+    if last is None or (routed and routed[-1].said == len(ids)):
+        return []
+    told = f"no room was left for its {last.queries} queries, which count as tokens of the answer; allow more (--max-tokens)"
+    return [Shown(last.name, label_before(tokenizer, ids), trouble=told)]
 
 
 def _painted(model: VisionLanguageModel, prompt: ModelInput, routed: Routed, shown: Shown, seed: int) -> Shown:

@@ -5,6 +5,7 @@ In: the answer's text, what its routing tokens gave, and the picture it is about
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from tessella.marks import Box, Mask, boxes_in, draw_boxes
 
 @dataclass
 class Files:
-    """Where the files of one answer go: dish-answer2-boxes.png beside dish.jpg, or in the current folder without a picture."""
+    """Where the files of one answer go: dish-answer2-boxes.png beside dish.jpg, or in the current folder without a picture.
+
+    Files of an earlier sitting stay: where they have the answer's number, the next free one is taken.
+    """
 
     picture: Path | None
     answer: int
@@ -28,6 +32,8 @@ class Files:
     def save(self, image: Image.Image, what: str) -> str:
         """Raises WriteError when the folder takes no file."""
         folder, stem = (Path(), "drawn") if self.picture is None else (self.picture.parent, self.picture.stem)
+        while not self.written and any(folder.glob(f"{escape(stem)}-answer{self.answer}-*.png")):
+            self.answer += 1
         path = folder / f"{stem}-answer{self.answer}-{what}.png"
         try:
             image.save(path)

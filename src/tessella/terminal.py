@@ -101,7 +101,7 @@ class Talk:
 
     def _decode(self, prompt: ModelInput, ids: list[int], routed: list[Routed], pictures: list[Picture]) -> list[Shown]:
         """What the decoders make of an answer."""
-        if not routed:
+        if not self.loaded.tokenizer.routes:
             return []
         size = read_size(pictures[-1].source, limit_megapixels=self.loaded.inputs.limit_megapixels) if pictures else None
         return decode_routed(self.loaded.model, self.loaded.tokenizer, prompt, ids, routed, size)
