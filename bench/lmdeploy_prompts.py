@@ -85,7 +85,8 @@ def compare(python: str, folder: Path) -> Reading:
     talks: list[tuple[list[Message], list[Picture]]] = conversations()
     for number, ((messages, pictures), theirs) in enumerate(zip(talks, found["talks"], strict=True)):
         one = inputs.build(messages, pictures)
-        begins = inputs.tokenizer.name_of(inputs.tokenizer.bos_id) if inputs.template.add_bos else ""  # type: ignore[arg-type]
+        bos = inputs.tokenizer.bos_id if inputs.template.add_bos else None
+        begins = "" if bos is None else inputs.tokenizer.name_of(bos)
         text = begins + text_of(render(messages, inputs.template, open_turn=True)).replace(IMAGE_MARK, SLOT)
         if theirs["prompt"] != text:
             differing.append(f"prompt {number + 1}: {theirs['prompt']!r} for {text!r}")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tessella.checkpoint import streams, write
 from tessella.checkpoint.convert import Wish, convert
 from tessella.checkpoint.folder import sha256_of
 from tessella.checkpoint.streams import NewFile, Span, pieces
+from tessella.checkpoint.tensor_proof import same_bytes
 from tessella.checkpoint.weights import Entry, Weights, entries_of, write_file
 from tessella.errors import CheckpointError
 
@@ -78,6 +80,34 @@ def test_what_is_written_in_odd_pieces_is_read_from_odd_places(
             assert b"".join(bytes(piece) for piece in pieces([span], stand=1)) == content[begin:end]
 
 
+def test_several_readers_may_meet_the_first_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
+    content = os.urandom(6 * streams.PIECE_BYTES)
+    (tmp_path / "x").write_bytes(content)
+    meeting = threading.Barrier(streams.READERS)
+    plain, met = os.preadv, threading.local()
+
+    def refusing_together(handle: int, *rest: Any) -> int:
+        if not hasattr(met, "once"):
+            met.once = True
+            meeting.wait(timeout=30)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(handle, *rest)
+
+    monkeypatch.setattr(streams.os, "preadv", refusing_together)
+    span = Span(tmp_path / "x", 0, len(content), "w", past_cache=True)
+    assert b"".join(bytes(piece) for piece in pieces([span], stand=1)) == content
+
+
+def test_a_refusal_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
+    def refusing(*_: Any) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "x").write_bytes(bytes(100))
+    monkeypatch.setattr(streams.os, "preadv", refusing)
+    with pytest.raises(OSError, match="Invalid argument"):
+        list(pieces([Span(tmp_path / "x", 0, 100, "w", past_cache=True)], stand=1))
+
+
 @pytest.mark.parametrize("past_cache", [False, True])
 def test_a_file_that_ends_within_a_span_is_told(tmp_path: Path, past_cache: bool) -> None:
     (tmp_path / "x").write_bytes(bytes(9000))
@@ -101,6 +131,17 @@ def test_a_tensor_that_only_changes_its_name_is_copied_and_never_made(tmp_path: 
     assert digest == sha256_of(tmp_path / "to.safetensors") and len(found) == 9
     assert sum(seen) == (tmp_path / "to.safetensors").stat().st_size
     assert all(torch.equal(found[f"new.{n}"], state[n]) for n in state) and torch.equal(found["made"], torch.arange(12345.0))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4093])
+def test_each_byte_of_two_pieces_counts(size: int) -> None:
+    content = os.urandom(size)
+    for shift in (0, 3):  # pieces lie in their rooms at odd places
+        assert same_bytes(memoryview(bytes(shift) + content)[shift:], memoryview(content))
+    for place in {0, size // 2, size - 2, size - 1} & set(range(size)):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1
+        assert not same_bytes(memoryview(spoilt), memoryview(content))
 
 
 @pytest.mark.parametrize("to", ["official", "native"])

@@ -158,12 +158,13 @@ class _Files:
 
 def read_into(handle: int, room: memoryview, begin: int, wanted: int) -> int:
     """Fill room from that place of a file, at least so many bytes of it; gives how many there were."""
-    done = 0
+    done, refused = 0, False
     while done < wanted:  # one read gives at most 2 GiB
         try:
             got = os.preadv(handle, [room[done:]], begin + done)
         except OSError as error:
-            _through_cache(handle, error)
+            _through_cache(handle, error, again=refused)
+            refused = True
             continue
         if not got:
             break
@@ -181,12 +182,14 @@ def _opened(path: Path, flags: int, past_cache: bool) -> tuple[int, int]:
     return os.open(path, flags, 0o666), 1
 
 
-def _through_cache(handle: int, error: OSError) -> None:
-    """Some file systems open a file for what they then refuse: go on through the page cache. Another error is raised again."""
-    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    if error.errno != errno.EINVAL or not hasattr(os, "O_DIRECT") or not flags & os.O_DIRECT:
+def _through_cache(handle: int, error: OSError, *, again: bool) -> None:
+    """Some file systems open a file for what they then refuse: go on through the page cache.
+
+    Another error, or the same again, is raised again. (Several threads may meet the first refusal of one handle.)
+    """
+    if error.errno != errno.EINVAL or again or not hasattr(os, "O_DIRECT"):
         raise error
-    fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 class NewFile:
@@ -225,8 +228,10 @@ class NewFile:
         os.close(self._handle)
 
     def _put(self, block: memoryview) -> None:
+        refused = False
         while block:  # one write takes at most 2 GiB
             try:
                 block = block[os.write(self._handle, block) :]
             except OSError as error:
-                _through_cache(self._handle, error)
+                _through_cache(self._handle, error, again=refused)
+                refused = True
