@@ -177,6 +177,8 @@ def test_a_routed_model_is_served_the_plain_way_and_says_what_it_cannot(folder: 
 def test_the_page_takes_boxes_masks_and_pictures_and_leaves_what_is_odd() -> None:
     pytest.importorskip("gradio")
     from tessella.ui.boxes import routed_in
+    from tessella.ui.conversation import Answer, Settings
+    from tessella.ui.transcript import _drawing
 
     mask = {"size": [2, 2], "counts": [1, 2, 1]}
     sound = {"label": "apple", "objects": [{"box": [0, 0, 500, 500], "score": 0.9, "mask": mask}]}
@@ -187,6 +189,10 @@ def test_the_page_takes_boxes_masks_and_pictures_and_leaves_what_is_odd() -> Non
     found = routed_in([sound, odd, {"picture": "data:image/png;base64,AAAA"}, {"picture": "http://elsewhere/x.png"}])
     assert [box.label for box in found.boxes] == ["apple"] and found.masks[0].tolist() == [[False, True], [True, False]]
     assert found.pictures == ["data:image/png;base64,AAAA"]
+    why = [{"objects": [], "trouble": "the decoder is <not> there"}] * 2
+    answer = Answer("a", Settings(), "apple[DET]", "stop", routed=[*why, {"picture": "data:image/png;base64,AAAA"}])
+    html = _drawing([], answer, "en", Path())
+    assert html.count("the decoder is &lt;not&gt; there") == 1 and 'alt="A picture that the model drew"' in html
 
 
 def test_the_decoder_looks_at_the_last_picture_and_gives_masks_of_its_size(folder: Path, picture: Path) -> None:

@@ -36,16 +36,17 @@ def _circled(number: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What the decoders of a routed model gave: boxes with their masks, and pictures as data: addresses."""
+    """What the decoders of a routed model gave: boxes with their masks, pictures as data: addresses, and why there is none."""
 
     boxes: list[Box]
     masks: list[Mask]
     pictures: list[str]
+    troubles: list[str]
 
 
 def routed_in(rows: Sequence[Mapping[str, Any]]) -> Routed:
     """The server's field `routed` (docs/boxes.md). A row in another form shows nothing: it comes over the network."""
-    found = Routed([], [], [])
+    found = Routed([], [], [], [])
     for row in rows:
         for one in row.get("objects") or ():
             try:
@@ -57,6 +58,9 @@ def routed_in(rows: Sequence[Mapping[str, Any]]) -> Routed:
         picture = row.get("picture")
         if isinstance(picture, str) and picture.startswith("data:image/"):
             found.pictures.append(picture)
+        trouble = row.get("trouble")
+        if isinstance(trouble, str) and trouble and trouble not in found.troubles:
+            found.troubles.append(trouble)
     return found
 
 

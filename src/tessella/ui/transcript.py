@@ -92,7 +92,11 @@ def _drawing(turns: Sequence[Turn], answer: Answer, language: str, folder: Path)
     boxes += found.boxes
     if not answer.ended:
         return ""
-    painted = "".join(f'<div class="shown"><figure><img src="{escape(one)}" alt=""></figure></div>' for one in found.pictures)
+    alt = escape(say(language, "painted"))
+    painted = "".join(
+        f'<div class="shown"><figure><img src="{escape(one)}" alt="{alt}"></figure></div>' for one in found.pictures
+    )
+    painted += "".join(f'<p class="trouble">{escape(one)}</p>' for one in found.troubles)
     if not boxes or not pictures:
         return painted
     name = say(language, "boxed", name=pictures[-1].name)

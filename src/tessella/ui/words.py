@@ -69,6 +69,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "picture_tiles": ("tiles: {count}", "图块 {count}"),
     "first_token": ("first after {seconds} s", "首 token {seconds} 秒"),
     "rate": ("{rate} tokens/s", "{rate} token/秒"),
+    "painted": ("A picture that the model drew", "模型画的图"),
     "boxed": ("What the answer marks on {name}", "回答在 {name} 上标出的位置"),
     # the server
     "ready": ("{count} to ask at {url}", "{url} 上有 {count} 个模型"),
