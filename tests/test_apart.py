@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "nano"))
 

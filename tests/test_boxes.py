@@ -21,6 +21,7 @@ from tessella.scenes.compose import Kit, compose, photos_in
 from tessella.scenes.requests import BOX_KINDS, PICTURE_KINDS, PLAIN_KINDS, Request
 from tessella.scenes.truth import Box, box_of, overlap_of_boxes, overlap_of_masks
 
+NO_SCIPY = "boxes and masks are taught with scipy, which is in the multitask extra"
 KIT = Kit(STYLES[:2], most_objects=3, foods=6)
 
 
@@ -81,6 +82,7 @@ def test_photographs_are_grounds_and_a_folder_without_any_is_told(tmp_path: Path
 def test_the_decoder_learns_scenes_by_heart() -> None:
     """Random features stand for a tower's; what it needs of the pixels comes through its own stem."""
     pytest.importorskip("pycocotools")
+    pytest.importorskip("scipy", reason=NO_SCIPY)
     from tessella.train.multitask.boxloss import box_loss, targets_of  # scipy
     from tessella.train.multitask.rows import aim_of
 
@@ -135,6 +137,7 @@ def test_fillers_behind_a_picture_with_fewer_classes_change_nothing() -> None:
 
 def test_a_pictures_loss_is_the_same_alone_and_in_company() -> None:
     """Pictures with no object, with more objects than guesses, and with classes that are not there stand beside each other."""
+    pytest.importorskip("scipy", reason=NO_SCIPY)
     from tessella.train.multitask.boxloss import box_loss, targets_of  # scipy
     from tessella.train.multitask.rows import Aim
 

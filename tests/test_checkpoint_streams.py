@@ -115,6 +115,19 @@ def test_a_file_that_ends_within_a_span_is_told(tmp_path: Path, past_cache: bool
         list(pieces([Span(tmp_path / "x", 10, 8991, "w", past_cache)], stand=1))
 
 
+def test_a_file_of_holes_is_read_past_the_page_cache_and_gives_zeros(tmp_path: Path, small_pieces: None) -> None:
+    hollow, full = tmp_path / "hollow.safetensors", tmp_path / "full.safetensors"
+    for path in (hollow, full):
+        save_file({"w": torch.zeros(300_000)}, path)
+    head = 8 + int.from_bytes(hollow.read_bytes()[:8], "little")
+    os.truncate(hollow, head)
+    os.truncate(hollow, full.stat().st_size)
+    assert hollow.read_bytes() == full.read_bytes()
+    (span,), (other,) = (Weights([path]).strips("w").spans for path in (hollow, full))
+    assert span.past_cache and not other.past_cache
+    assert not any(any(piece) for piece in pieces([span], stand=1))
+
+
 def test_a_tensor_that_only_changes_its_name_is_copied_and_never_made(tmp_path: Path, small_pieces: None) -> None:
     state = {f"t{i}": torch.randn(997 * (i + 1)).bfloat16() for i in range(8)}
     save_file(state, tmp_path / "from.safetensors")

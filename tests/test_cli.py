@@ -209,3 +209,19 @@ def test_our_own_mistakes_are_not_hidden(
 ) -> None:
     with pytest.raises(type(error)):
         fail_with(error, monkeypatch, capsys)
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules |= dict.fromkeys(("peft", "transformers", "scipy", "tensorboard", "av", "fastapi", "gradio"))  # as if not installed
+from tessella import cli
+sys.exit(cli.main(["inspect", "docs/three-foods.png"]))
+"""
+
+
+def test_a_picture_is_inspected_without_any_extra() -> None:
+    """inspect reckons with what teaching needs, and so imports much of it; nothing of that may need PEFT."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -111,6 +111,27 @@ def test_parts_with_one_a_are_joined_at_their_own_rank_and_others_by_widening(in
     assert raw["rank_pattern"] == {"language_model.model.layers.0.attention.wqkv": 3 * RANK} and raw["r"] == RANK
 
 
+def test_a_layer_of_which_a_part_is_held_whole_is_told(internlm2: Path, tmp_path: Path) -> None:
+    """Layers that one side stores together cannot be half replaced."""
+    model = load_model(internlm2)[0]
+    name = "language_model.model.layers.1.self_attn.k_proj"
+    state = random_pairs(model) | {f"{name}.weight": model.get_submodule(name).weight.detach() + 0.1}
+    for part in "AB":
+        del state[f"{name}.lora_{part}.weight"]
+    save_adapter(tmp_path / "adapter", state, AdapterSettings(str(internlm2), RANK, ALPHA, modules_to_save=(name,)))
+    with pytest.raises(CheckpointError, match=r"holds a part of .*wqkv.* whole, but not .*q_proj.*; convert it"):
+        convert(tmp_path / "adapter", tmp_path / "out", Wish(to="adapter", names="official"))
+    q = "vision_tower.encoder.layer.0.attention.q_proj"
+    save_adapter(
+        tmp_path / "native",
+        {f"{q}.weight": torch.randn(32, 32)},
+        AdapterSettings(str(internlm2), RANK, ALPHA, modules_to_save=(q,)),
+    )
+    with pytest.raises(CheckpointError, match=r"holds .*q_proj.* whole, but not .*k_proj.*, and they are one layer"):
+        convert(tmp_path / "native", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_peft_on_transformers_own_class_answers_like_us(internlm2: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is the oracle of this test; it is in the train extra")
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of this test; it is in the test extra")

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
+pytest.importorskip("scipy", reason="boxes and masks are taught with scipy, which is in the multitask extra")
+
 from tessella.checkpoint.read import load
 from tessella.train.loop import train
 from tessella.train.recipe import Recipe
 from tiny import tiny_folder
-
-pytest.importorskip("scipy")
 
 
 @pytest.fixture(scope="module")

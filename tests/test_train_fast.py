@@ -18,10 +18,11 @@ from tessella.checkpoint.read import load
 from tessella.model.attend import one_row
 from tessella.train import passes as passes_of
 from tessella.train.batch import StepData, Steps
-from tessella.train.lora import Taught, prepare
+from tessella.train.lora import prepare
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 from test_train_loop import colour_samples, folder, recipe_of
 
 __all__ = ["folder"]  # the fixture

@@ -33,10 +33,10 @@ from tessella.inputs import ModelInput, Picture
 from tessella.sampling import SamplingParams
 from tessella.train.batch import Pack, order_of, pack
 from tessella.train.features import Kept, chosen
-from tessella.train.lora import Taught
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 
 RATES = {"q-former": 5e-4, STAGED: 5e-4}  # the others learn at OTHERS; --rate tries another for all
 OTHERS = 1e-3

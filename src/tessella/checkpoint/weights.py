@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tessella.checkpoint.streams import NewFile, Span, Strips, pieces, read_into
+from tessella.checkpoint.streams import NewFile, Span, Strips, is_hollow, pieces, read_into
 from tessella.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -43,6 +43,7 @@ class Weights:
         self._handles: dict[str, Any] = {}
         self._begins: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._stored: dict[str, str] = {}  # its name in the file, where select gave it another
+        self._hollow: set[Path] = set()
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -57,6 +58,8 @@ class Weights:
                 f"{file} is not a whole safetensors file ({_what_is_short(file) or error}); fetch or write it again"
             ) from error
         begins = _begins(file)
+        if is_hollow(file):
+            self._hollow.add(file)
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             if name in self.files:
                 raise CheckpointError(
@@ -78,7 +81,7 @@ class Weights:
 
     def _span(self, name: str) -> Span:
         num_bytes = _count(self.shapes[name]) * self.dtypes[name].itemsize
-        return Span(self.files[name], self._begins[name], num_bytes, name)
+        return Span(self.files[name], self._begins[name], num_bytes, name, self.files[name] in self._hollow)
 
     def read(self, name: str) -> Tensor:
         """A copy in memory; nothing of the file stays mapped behind it. Raises CheckpointError when the file ends early."""
@@ -92,6 +95,7 @@ class Weights:
     def select(self, names: Mapping[str, str]) -> "Weights":
         """Some of the tensors under other names: new name -> name here."""
         chosen = Weights([])
+        chosen._hollow = self._hollow
         for new, old in names.items():
             chosen._handles[new], chosen._begins[new] = self._handles[old], self._begins[old]
             chosen._stored[new] = self._stored.get(old, old)

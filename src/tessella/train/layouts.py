@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.train.batch import Pack, StepData
-from tessella.train.lora import Taught
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 from tessella.train.world import World
 
 BUCKET = 1 << 26  # numbers that travel together: 256 MiB in float32

@@ -16,8 +16,8 @@ import torch
 from tessella.model.device import free_bytes
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.train.batch import Pack
-from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 
 REASONS = ("", "interrupted", "time limit")
 

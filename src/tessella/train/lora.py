@@ -7,7 +7,6 @@ Source: arXiv:2106.09685; huggingface/peft.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from tessella.model.vision_language import VisionLanguageModel
 from tessella.train.nf4 import Nf4Linear
 from tessella.train.recipe import Recipe
 from tessella.train.recompute import recompute
+from tessella.train.taught import PARTS, Taught
 
-PARTS = {"language": "language_model.", "tower": "vision_model.", "projector": "mlp1.", "decoders": "routing."}
 NAME = "default"  # PEFT's name of the one adapter; not in the file
 LAYERS = "language_model.model.layers."
 # What InternLM2 and Phi-3 call their fused layers -> the layers that they are here.
@@ -32,22 +31,6 @@ FUSED = {
     "wqkv": ["q_proj", "k_proj", "v_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"], "wo": ["o_proj"], "w1": ["gate_proj"],
     "w2": ["down_proj"], "w3": ["up_proj"], "gate_up_proj": ["gate_proj", "up_proj"],
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Taught:
-    """The learning parameters. Names are those of an adapter file: ours, and <module>.lora_A.weight."""
-
-    parameters: dict[str, nn.Parameter]
-    whole: tuple[str, ...]  # modules that are trained whole, by our names
-    has_lora: bool
-
-    def part_of(self, name: str) -> str:
-        """ "language", "tower", "projector" or "decoders"."""
-        return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
-
-    def count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters.values())
 
 
 def prepare(model: VisionLanguageModel, recipe: Recipe, start: Adapter | None = None) -> Taught:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 
 SUMS = "sums"
 LAYER = re.compile(r"(language_model|vision_model)\..*?layers\.(\d+)\.")

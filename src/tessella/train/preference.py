@@ -26,13 +26,13 @@ from tessella.errors import DataError, ImageError, PromptError
 from tessella.inputs import Inputs, ModelInput
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.train.batch import Pack, StepData, Steps, order_of, pack
-from tessella.train.lora import Taught
 from tessella.train.optimiser import Optimiser
 from tessella.train.packing import Plan, plan_epoch, plan_passes
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
 from tessella.train.sample import Sample
 from tessella.train.streamed import Streamed
+from tessella.train.taught import Taught
 
 
 def dpo(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from tessella.checkpoint.read import Loaded
 from tessella.files import write_whole
 from tessella.provenance import provenance
 from tessella.train.dataset import Ledger, Sample
-from tessella.train.lora import Taught
 from tessella.train.recipe import Recipe
 from tessella.train.state import RECIPE
 from tessella.train.streamed import Streamed
+from tessella.train.taught import Taught
 from tessella.train.world import World
 
 RECORD = "run.json"

@@ -17,8 +17,9 @@ from tessella.checkpoint.routing import write_routing
 from tessella.checkpoint.weights import entries_of
 from tessella.checkpoint.write import write_model
 from tessella.train.begin import base_of
-from tessella.train.lora import Taught, file_name, scale_of
+from tessella.train.lora import file_name, scale_of
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 
 ROUTING = "routing."  # the prefix of what routing learns
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tessella.model.vision_language import VisionLanguageModel
 from tessella.train.batch import Pack, StepData
 from tessella.train.layouts import Layout
-from tessella.train.lora import Taught
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
+from tessella.train.taught import Taught
 from tessella.train.world import World
 
 

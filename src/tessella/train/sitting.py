@@ -20,7 +20,6 @@ from tessella.train.dataset import RecipeData
 from tessella.train.held_out import Exam, HeldOut, Seen
 from tessella.train.limits import REASONS, Stop, estimate_bytes, out_of_memory
 from tessella.train.log import Event, Log
-from tessella.train.lora import Taught
 from tessella.train.making import chance_of, layout_of, quiet_worker, steps_of
 from tessella.train.packing import Packing
 from tessella.train.passes import Passes
@@ -31,6 +30,7 @@ from tessella.train.result import save_result
 from tessella.train.samples_seen import hash_of, what_changed, write_list
 from tessella.train.state import Checkpoint, Progress, before, check_same_run, go_on, newest, read, save, saved
 from tessella.train.streamed import Streamed
+from tessella.train.taught import Taught
 from tessella.train.trackers import open_trackers
 from tessella.train.warmup import Warmup
 from tessella.train.watch import BadLoss, Watch

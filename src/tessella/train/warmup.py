@@ -18,8 +18,8 @@ from tessella.checkpoint.read import Loaded
 from tessella.errors import DataError
 from tessella.train.batch import Pack, StepData, Steps
 from tessella.train.dataset import Sample
-from tessella.train.lora import PARTS
 from tessella.train.streamed import Streamed
+from tessella.train.taught import PARTS
 
 PICTURES = 32  # of a step
 RATE = 1e-3  # the peak; 3e-4 left a third of what can be won unlearned in 120 steps
