@@ -26,8 +26,8 @@ from tessella.model.vision_language import VisionLanguageModel
 # Largest allowed difference, as a share of the spread (at least 1). Measured: see tests/test_checkpoint_convert.py.
 LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 # How far the converted model's difference may lie beyond the shaken one's: the largest, and the root mean square. Measured on
-# tiny models with changes of 0.01 to 1.3 of the spread in three types: 0.6 to 1.1 and 0.92 to 1.07; on tessella-nano taught with its
-# tower on an H200 once 1.59 for a right merge, every number the nearest of its type (docs/log.md, 2026-11-30 and 2026-12-01).
+# tiny models with changes of 0.01 to 1.3 of the spread in three types: 0.6 to 1.1 and 0.92 to 1.07; on tessella-nano taught with
+# its tower on an H200 once 1.59 for a right merge, every number the nearest of its type (docs/log.md, 2026-11-30 and 2026-12-01).
 BEYOND_LARGEST, BEYOND_RMS = 2.5, 1.9
 
 
