@@ -16,10 +16,10 @@ from engine.test_core import prompt, shown, tiny_loaded
 from engine.test_paged import Held
 from tessella.engine import paged_cuda
 from tessella.engine.core import Core
-from tessella.engine.fast import ROWS_TOGETHER, FastDecoder
+from tessella.engine.fast import HEAD, ROWS_TOGETHER, FastDecoder
 from tessella.engine.graphs import DecodeGraphs, DecodeStep, sizes_to
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
-from tessella.engine.lora import Adapters
+from tessella.engine.lora import Adapter, Adapters, Run
 from tessella.engine.paged import BlockStore, Paged
 from tessella.engine.paged_cuda import PagedCuda
 from tessella.engine.request import EngineSettings, Request
@@ -122,6 +122,25 @@ def test_the_joined_decoder_computes_what_the_model_does_and_holds_nothing_twice
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in model.parameters()}
     filled_up = -config.vocab_size % ROWS_TOGETHER * config.hidden_size * DTYPE.itemsize  # the head, to whole rows of cuBLAS
     assert sum(storages.values()) == bytes_before + filled_up and len(fast.head) % ROWS_TOGETHER == 0
+
+
+def test_an_adapter_of_the_head_changes_its_own_rows() -> None:
+    """The filled-up head is no module, so no hook of it is called; the rows that are filled up are never seen."""
+    model = tiny_model(family("InternLM2")).to(DEVICE, DTYPE)
+    head = model.language_model.lm_head
+    assert head is not None and head.out_features % ROWS_TOGETHER
+    hidden = torch.randn(5, head.in_features).to(DEVICE, DTYPE)
+    pair = torch.randn(2, head.in_features).to(DEVICE, DTYPE), torch.randn(head.out_features, 2).to(DEVICE, DTYPE)
+    adapters = Adapters(model)
+    with torch.inference_mode():
+        fast = FastDecoder(model, adapters, single=True)
+        adapter = Adapter("one", 1, {HEAD: pair}, {})
+        adapters.hook(adapter)
+        adapters.runs = [Run(adapter, 1, 3)]
+        logits, expected = fast.logits(hidden), model.logits(hidden)
+        adapters.runs = ()
+        torch.testing.assert_close(logits, expected, **NEAR)
+        assert (logits - model.logits(hidden)).abs().amax(1).gt(0.1).tolist() == [False, True, True, False, False]
 
 
 def test_a_captured_steps_arithmetic_is_that_of_a_plain_one() -> None:
