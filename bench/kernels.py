@@ -161,7 +161,7 @@ def launches(family: Family, dtype: torch.dtype) -> None:
         turn = Turn(cosine, sine, places)
         attend.grow(empty(rows, heads.columns), heads, turn, norms, keys, values, table, places)
     attend.turn_and_put(empty(512, heads.columns), heads, turn, norms, empty(512, of=torch.int64), keys, values)
-    for queries in QUERIES_AT_ONCE:
+    for queries in QUERIES_AT_ONCE.values():
         plan = Plan(empty(3, 9, of=torch.int32), empty(9, of=torch.int32), queries)
         look_back(empty(512, heads.columns), heads, plan, keys, values, empty(4, 128, of=torch.int32))
     one, norm = empty(1, width), empty(width)

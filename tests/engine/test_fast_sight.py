@@ -33,7 +33,7 @@ def test_every_kind_of_tower_sees_the_same(kind: str, side: int) -> None:
         for weight in tower.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
     tiles = random(3, 3, side, side)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # its convolution, the reference, would be rough
         torch.testing.assert_close(embedded(tower.embeddings, tiles), tower.embeddings(tiles), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(FastTower(tower)(tiles), tower(tiles), atol=1e-4, rtol=1e-4)
 
@@ -58,3 +58,24 @@ def test_activations_are_those_of_torch_also_far_out(dtype: torch.dtype) -> None
     x[0, :2] = torch.tensor([80.0, -80.0])
     torch.testing.assert_close(activate(x.clone(), quick=False), F.gelu(x), **near(dtype))
     torch.testing.assert_close(activate(x.clone(), quick=True), quick_gelu(x), **near(dtype))
+
+
+def test_every_number_of_tiles_is_looked_at_once_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shapes and with the strides that the pictures will have."""
+    seen: list[tuple[torch.Size, tuple[int, ...]]] = []
+    attend = F.scaled_dot_product_attention
+
+    def told(q: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append((q.shape, q.stride()))
+        return attend(q, *others)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", told)
+    tower = VisionTower(SMALL).to(DEVICE).eval()
+    fast = FastTower(tower)
+    with torch.inference_mode():
+        fast.warm(4)
+        before = set(seen)
+        assert len(before) == 4
+        for tiles in range(1, 5):
+            fast(random(tiles, 3, 28, 28))
+    assert set(seen) == before and len(seen) == 4 + 4 * SMALL.num_layers

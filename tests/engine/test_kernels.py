@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.a_triton import DEVICE  # isort: skip
 from tessella.engine.draw import likeliest
-from tessella.engine.kernels import attend, steps
+from tessella.engine.kernels import attend, prompts, steps
 from tessella.engine.kernels.attend import HeadNorms, Heads, Turn
 from tessella.engine.kernels.products import product
 from tessella.engine.kernels.prompts import Plan, look_back, planned
@@ -93,9 +93,15 @@ def test_prompts_are_turned_and_put() -> None:
 
 
 @pytest.mark.parametrize(("hq", "hk", "d", "block"), [(4, 2, 24, 16), (3, 3, 64, 32), (4, 1, 16, 128)])
-@pytest.mark.parametrize("parts", [[(0, 5), (33, 40)], [(0, 150), (31, 33), (16, 96)], [(127, 128), (64, 82)]])
-def test_prompts_look_back_through_their_blocks(hq: int, hk: int, d: int, block: int, parts: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "at_once"), [([(0, 5), (33, 40)], 16), ([(0, 150), (31, 33), (16, 96)], 64), ([(127, 128), (64, 260)], 128)]
+)
+def test_prompts_look_back_through_their_blocks(
+    hq: int, hk: int, d: int, block: int, parts: list[tuple[int, int]], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows with and without a past, in blocks that lie anywhere; what stands behind a row is never read."""
+    if at_once == 128:  # as for longer rows
+        monkeypatch.setattr(prompts, "QUERIES_AT_ONCE", {1000: 128})
     heads = Heads(hq, hk, d)
     widths = [-(-end // block) for _, end in parts]
     order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1)).split(widths)
@@ -111,6 +117,7 @@ def test_prompts_look_back_through_their_blocks(hq: int, hk: int, d: int, block:
         asked.append(whole[start:])
         oracle.append(one_row(q, k, v)[start:].flatten(1))
     told, queries = planned(parts)
+    assert queries == at_once
     plan = Plan(told[:3].to(DEVICE), told[3].to(DEVICE), queries)
     out = look_back(torch.cat(asked), heads, plan, keys, values, table.to(DEVICE))
     torch.testing.assert_close(out, torch.cat(oracle), atol=2e-5, rtol=1e-4)

@@ -32,7 +32,7 @@ class Core:
         self.model = model
         self.tokenizer = tokenizer
         sizes = fit(settings, model)
-        self.block_tokens = sizes.block_tokens
+        self.block_tokens, self.most_tiles = sizes.block_tokens, sizes.batch_tiles
         self.longest_row = min(sizes.blocks * self.block_tokens, model.config.context_tokens)
         self.book = BlockBook(sizes.blocks)
         self.seen = VisionCache(settings.vision_cache_bytes)
@@ -94,8 +94,7 @@ class Core:
 
     def enter_thread(self) -> None:
         """To be called once in the thread that will call `step`."""
-        if self.model.device.type == "cuda":
-            torch.cuda.set_device(self.model.device)
+        self.runner.enter_thread(self.most_tiles)
 
     @torch.inference_mode()
     def step(self) -> None:

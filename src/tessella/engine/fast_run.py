@@ -60,7 +60,7 @@ class FastRun:
         if self.own_prompts and fits(self.store.block_tokens):
             table = torch.full((1, 1), self.store.filler, device=self.model.device, dtype=torch.int32)
             places = torch.zeros((3, 1), device=self.model.device, dtype=torch.int32)
-            for queries in QUERIES_AT_ONCE:
+            for queries in QUERIES_AT_ONCE.values():
                 look_back(qkv, heads, Plan(places, places[0] + 1, queries), keys, values, table)
 
     def _table(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

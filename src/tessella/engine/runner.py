@@ -23,6 +23,7 @@ from tessella.transfer import sent, sent_together
 
 if TYPE_CHECKING:
     from tessella.engine.fast_run import FastRun
+    from tessella.engine.fast_sight import FastTower
 
 
 class Outcome(NamedTuple):
@@ -54,6 +55,7 @@ class Runner:
         self.frequencies = rope_frequencies(language, 0, model.device)  # (D / 2,) of rows that are not stretched
         self.drawn = torch.zeros((2, 2 * most_rows + 32), dtype=torch.int64, device=model.device)  # of the last step: see Drawing
         self.fast: FastRun | None = None
+        self.tower: FastTower | None = None
         if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16) and settings.kernels:
             torch.cuda.set_device(model.device)  # where Triton launches
             self.take_kernels(settings, most_rows, longest_row)
@@ -64,8 +66,16 @@ class Runner:
         from tessella.engine.fast_run import FastRun
         from tessella.engine.fast_sight import FastTower
 
-        self.sight.tower = FastTower(self.model.vision_model)
+        self.tower = self.sight.tower = FastTower(self.model.vision_model)
         self.fast = FastRun(self.model, self.adapters, self.store, self.drawn, self.frequencies, settings, most_rows, longest_row)
+
+    @torch.inference_mode()
+    def enter_thread(self, most_tiles: int) -> None:
+        """To be called once in the thread that will call run. most_tiles: of one step."""
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)
+        if self.tower is not None:
+            self.tower.warm(most_tiles)
 
     def leave(self) -> None:
         """Give the model back as it was; no step may follow."""
