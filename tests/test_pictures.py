@@ -1,5 +1,6 @@
 """Pictures by diffusion: a tiny UNet learns by heart, is saved and read; a Stable Diffusion folder behind the same interface."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tessella.train.multitask.teach import as_tensor
 
 pytest.importorskip("diffusers")
 WIDTH = 24
-TINY = PictureConfig(WIDTH, side_px=16, channels=(16, 32), condition_width=32, condition_tokens=4)
+TINY = PictureConfig(WIDTH, side_px=16, channels=(16, 32), condition_width=32, condition_tokens=4, pooled=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,32 @@ def test_the_decoder_is_saved_beside_the_rest_and_read_again(decoder: PictureDec
     assert again.pictures is not None and again.boxes is None
     kept = {name: weight.half().float() for name, weight in decoder.named_parameters()}
     torch.testing.assert_close(dict(again.pictures.named_parameters()), kept, atol=0, rtol=0)
+
+
+def test_what_was_told_reaches_the_time_embedding_too(decoder: PictureDecoder) -> None:
+    """Same tokens to look at, another mean: only the pooled way can tell."""
+    seen, when = torch.zeros(1, 6, 16, 16), torch.tensor([500])
+    condition = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(2))
+    assert decoder.pool is not None
+    with torch.no_grad():
+        plain = decoder._run(seen, when, condition)
+        kept = decoder.pool.bias.clone()
+        decoder.pool.bias += 1.0
+        moved = decoder._run(seen, when, condition)
+        decoder.pool.bias.copy_(kept)
+    assert not torch.allclose(plain, moved)
+
+
+def test_a_folder_from_before_the_pooled_way_is_read_without_it(tmp_path: Path) -> None:
+    routing = Routing(routes_for(512), WIDTH)
+    routing.pictures = PictureDecoder(PictureConfig(WIDTH, side_px=16, channels=(16, 32), condition_width=32, condition_tokens=4))
+    write_routing(tmp_path, routing)
+    path = tmp_path / "routing" / "routing.json"
+    raw = json.loads(path.read_text())
+    del raw["pictures"]["pooled"]
+    path.write_text(json.dumps(raw))
+    again = read_routing(tmp_path / "routing", 512, WIDTH)
+    assert again.pictures is not None and again.pictures.pool is None
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def attach(loaded: Loaded, recipe: Recipe) -> None:
         routing.boxes = BoxDecoder(box_config(model))
     if "pictures" in recipe.decoders and routing.pictures is None:
         folder = None if recipe.diffusion is None else str(recipe.diffusion.resolve())
-        routing.pictures = PictureDecoder(PictureConfig(model.config.language.hidden_size, folder=folder))
+        routing.pictures = PictureDecoder(PictureConfig(model.config.language.hidden_size, folder=folder, pooled=folder is None))
     routing.to(model.device)
 
 
