@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="instruct.jsonl of make_data.py")
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "chat.jsonl", help="rows of messages")
     parser.add_argument("--tokens", type=int, default=60_000, help="of each kind that are met")
-    parser.add_argument("--weight", type=float, default=0.15, help="weight of a token of text beside one of a row with pictures")
+    parser.add_argument("--weight", type=float, default=0.6, help="weight of a token of text beside one of a row with pictures")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="packed weights that are read")
     parser.add_argument("--out", type=Path, default=ASSETS / LORA, help="packed LoRA that is written")
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu: where the rows are run")
