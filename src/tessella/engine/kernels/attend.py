@@ -5,12 +5,15 @@ R rows with one new token each, T tokens, Hq query and Hk key-value heads of wid
 results are rounded where torch's own operations would round, so that they differ from them by order of summation alone.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tessella.engine.kernels.counts import power_of_two
 
 TOKENS_AT_ONCE = 64  # of one row in one turn of the loop
 PROGRAMS = 512  # about four for each of a large GPU's multiprocessors
@@ -181,20 +184,21 @@ def grow(
         eps, d**-0.5, qkv.stride(0), table.stride(0), **sizes,
     )  # fmt: skip
     if splits > 1:
-        _combine[(rows, hq)](partial, weights, out, HEADS=hq, D=d, DP=triton.next_power_of_2(d), SPLITS=splits)
+        _combine[(rows, hq)](partial, weights, out, HEADS=hq, D=d, DP=power_of_two(d), SPLITS=splits)
     return out
 
 
+@cache
 def grow_sizes(heads: Heads, block_tokens: int, splits: int, normed: bool) -> dict[str, int | bool]:
     """What _grow is compiled for."""
     group, d = heads.query // heads.shared, heads.width
     return {
         "HK": heads.shared,
         "G": group,
-        "GP": max(16, triton.next_power_of_2(group)),  # the least that a product of matrices takes
+        "GP": max(16, power_of_two(group)),  # the least that a product of matrices takes
         "D": d,
-        "HALF": max(16, triton.next_power_of_2(d // 2)),
-        "DP": triton.next_power_of_2(d),
+        "HALF": max(16, power_of_two(d // 2)),
+        "DP": power_of_two(d),
         "B": block_tokens,
         "N": TOKENS_AT_ONCE,
         "SPLITS": splits,
@@ -266,17 +270,18 @@ def turn_and_put(
     _turn_and_put[(len(qkv),)](qkv, cosine, sine, places, query, key, slots, keys, values, eps, qkv.stride(0), **sizes)
 
 
+@cache
 def turn_sizes(heads: Heads, block_tokens: int, normed: bool) -> dict[str, int | bool]:
     """What _turn_and_put is compiled for."""
     d = heads.width
     return {
         "HQ": heads.query,
-        "HQP": triton.next_power_of_2(heads.query),
+        "HQP": power_of_two(heads.query),
         "HK": heads.shared,
-        "HKP": triton.next_power_of_2(heads.shared),
+        "HKP": power_of_two(heads.shared),
         "D": d,
-        "HALF": triton.next_power_of_2(d // 2),
-        "DP": triton.next_power_of_2(d),
+        "HALF": power_of_two(d // 2),
+        "DP": power_of_two(d),
         "B": block_tokens,
         "NORM": normed,
     }

@@ -6,10 +6,14 @@ In and out: tensors on a GPU, or on the CPU under Triton's interpreter (TRITON_I
 K width in, N width out. Sums are float32; results are rounded where torch's own operations would round.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tessella.engine.kernels.counts import pieces, power_of_two
 
 NUMBERS_AT_ONCE = 2048  # of one row of weights
 WARPS = 8
@@ -90,15 +94,16 @@ def product(
     assert len(x) == 1 and x.is_contiguous() and weight.is_contiguous() and not (gated and bias is not None)
     out = torch.empty((1, rows), device=x.device, dtype=x.dtype)
     sizes = product_sizes(rows, width, norm=norm is not None, gated=gated, bias=bias is not None, residual=residual is not None)
-    grid = (triton.cdiv(rows, int(sizes["BN"])),)
+    grid = (pieces(rows, int(sizes["BN"])),)
     others = [x if one is None else one for one in (norm, bias, residual)]
     _product[grid](x, weight, *others, out, eps, **sizes, num_warps=WARPS)
     return out
 
 
+@cache
 def product_sizes(rows: int, width: int, *, norm: bool, gated: bool, bias: bool, residual: bool) -> dict[str, int | bool]:
     """What _product is compiled for: several programs for each of a large GPU's 132 multiprocessors, 32 KB of weights each."""
-    at_once = min(NUMBERS_AT_ONCE, triton.next_power_of_2(width))
+    at_once = min(NUMBERS_AT_ONCE, power_of_two(width))
     numbers = 2 if rows <= 2048 else 4 if rows <= 16384 else 8
     return {
         "N": rows,

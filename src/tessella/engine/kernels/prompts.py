@@ -8,6 +8,7 @@ Source: FlashAttention-2, arXiv:2307.08691.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tessella.engine.kernels.attend import Heads
+from tessella.engine.kernels.counts import power_of_two
 
 KEYS_AT_ONCE = 64
 # By the most new tokens of a row. 27 rows of 300 took 103 us by 64 and 125 by 128, one of 3,400 took 246 and 220 (H200).
@@ -116,13 +118,14 @@ def look_back(qkv: Tensor, heads: Heads, plan: Plan, keys: Tensor, values: Tenso
     return out
 
 
+@cache
 def look_sizes(heads: Heads, block_tokens: int, queries: int) -> dict[str, int]:
     """What _look_back is compiled for."""
     return {
         "HQ": heads.query,
         "HK": heads.shared,
         "D": heads.width,
-        "DP": max(16, triton.next_power_of_2(heads.width)),
+        "DP": max(16, power_of_two(heads.width)),
         "B": block_tokens,
         "M": queries,
         "N": min(KEYS_AT_ONCE, block_tokens),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from tessella.engine.kernels.counts import pieces, power_of_two
 from tessella.model.layers import RMSNorm
 
 NUMBERS_AT_ONCE = 2048
@@ -60,7 +61,7 @@ def _normed(x: Tensor, more: Tensor | None, scale: Tensor | None, norm: nn.Modul
     others = [x if one is None else one for one in (more, scale)]
     _scale_add_norm[(tokens,)](
         x, *others, norm.weight, norm.weight if bias is None else bias, summed, out, norm.eps,
-        WIDTH=width, P=triton.next_power_of_2(width), ADD=more is not None, SCALE=scale is not None, CENTRE=bias is not None,
+        WIDTH=width, P=power_of_two(width), ADD=more is not None, SCALE=scale is not None, CENTRE=bias is not None,
     )  # fmt: skip
     return summed, out
 
@@ -81,5 +82,5 @@ def _activate(x, COUNT, N: tl.constexpr, QUICK: tl.constexpr):
 def activate(x: Tensor, *, quick: bool) -> Tensor:
     """gelu, or CLIP's quick_gelu, in place. x (T, C) -> x."""
     assert x.is_contiguous()
-    _activate[(triton.cdiv(x.numel(), NUMBERS_AT_ONCE),)](x, x.numel(), N=NUMBERS_AT_ONCE, QUICK=quick)
+    _activate[(pieces(x.numel(), NUMBERS_AT_ONCE),)](x, x.numel(), N=NUMBERS_AT_ONCE, QUICK=quick)
     return x

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tessella.engine.kernels.counts import pieces, power_of_two
+
 GATES_AT_ONCE = 1024
 IDS_AT_ONCE = 4096
 
@@ -35,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     tokens, width = x.shape
     assert x.is_contiguous()
     out = torch.empty_like(x)
-    _add_norm[(tokens,)](x, x, weight, x, out, eps, WIDTH=width, P=triton.next_power_of_2(width), ADD=False)
+    _add_norm[(tokens,)](x, x, weight, x, out, eps, WIDTH=width, P=power_of_two(width), ADD=False)
     return out
 
 
@@ -44,7 +46,7 @@ def add_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     tokens, width = x.shape
     assert x.is_contiguous() and more.is_contiguous()
     summed, out = torch.empty_like(x), torch.empty_like(x)
-    _add_norm[(tokens,)](x, more, weight, summed, out, eps, WIDTH=width, P=triton.next_power_of_2(width), ADD=True)
+    _add_norm[(tokens,)](x, more, weight, summed, out, eps, WIDTH=width, P=power_of_two(width), ADD=True)
     return summed, out
 
 
@@ -66,7 +68,7 @@ def gate(joined: Tensor) -> Tensor:
     tokens, width = joined.shape[0], joined.shape[1] // 2
     assert joined.is_contiguous()
     out = torch.empty((tokens, width), device=joined.device, dtype=joined.dtype)
-    _gate[(tokens, triton.cdiv(width, GATES_AT_ONCE))](joined, out, WIDTH=width, N=GATES_AT_ONCE)
+    _gate[(tokens, pieces(width, GATES_AT_ONCE))](joined, out, WIDTH=width, N=GATES_AT_ONCE)
     return out
 
 
@@ -89,7 +91,7 @@ def read(ids: Tensor, places: Tensor, drawn: Tensor, table: Tensor) -> Tensor:
     width = table.shape[1]
     assert ids.stride(0) == places.stride(0) == drawn.stride(0) == 1 and table.is_contiguous()
     out = torch.empty((len(ids), width), device=table.device, dtype=table.dtype)
-    _read[(len(ids),)](ids, places, drawn, table, out, WIDTH=width, P=triton.next_power_of_2(width))
+    _read[(len(ids),)](ids, places, drawn, table, out, WIDTH=width, P=power_of_two(width))
     return out
 
 
@@ -120,8 +122,8 @@ def likeliest(logits: Tensor, ids: Tensor, finite: Tensor) -> None:
     """The likeliest id of each row, and 1 where its logits are finite, else 0. logits (R, V); ids and finite (R,) int64."""
     rows, vocabulary = logits.shape
     assert logits.stride(1) == 1 and ids.stride(0) == finite.stride(0) == 1
-    parts = triton.cdiv(vocabulary, IDS_AT_ONCE)
+    parts = pieces(vocabulary, IDS_AT_ONCE)
     best = torch.empty((rows, parts), device=logits.device, dtype=torch.float32)
     where = torch.empty((rows, parts), device=logits.device, dtype=torch.int32)
     _best_of_some[(rows, parts)](logits, best, where, logits.stride(0), V=vocabulary, N=IDS_AT_ONCE, PARTS=parts)
-    _best_of_all[(rows,)](best, where, ids, finite, V=vocabulary, PARTS=parts, P=triton.next_power_of_2(parts))
+    _best_of_all[(rows,)](best, where, ids, finite, V=vocabulary, PARTS=parts, P=power_of_two(parts))
