@@ -302,6 +302,13 @@ def test_a_folder_that_is_no_whole_model_is_told(base: Path, tmp_path: Path, fau
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_gone_or_of_another_kind_is_told(tmp_path: Path) -> None:
+    (tmp_path / "words.safetensors").write_text("<html>Not Found</html>")
+    for name in ("gone.safetensors", "words.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{name} is not a whole safetensors file"):
+            Weights([tmp_path / name])
+
+
 def random_adapter(base: Path, place: Path, module: str, shape: tuple[int, int]) -> Path:
     state = {f"{module}.lora_A.weight": torch.randn(4, shape[1]), f"{module}.lora_B.weight": torch.randn(shape[0], 4)}
     return save_adapter(place, state, AdapterSettings(str(base), 4, 8))

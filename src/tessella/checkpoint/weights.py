@@ -109,8 +109,8 @@ class Weights:
 
 def _what_is_short(file: Path) -> str:
     """How far a broken download came, as far as the file's own beginning says; "" where it says nothing."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 + length < LONGEST_HEADER:
