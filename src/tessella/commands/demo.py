@@ -6,7 +6,7 @@ from pathlib import Path
 from tessella.commands.place import Here, Place, Result
 from tessella.foods import STYLES
 
-EPOCHS, WARMUP_STEPS = 3.0, 120  # stand here, for --help may not import what demo.py does
+EPOCHS, WARMUP_STEPS = 3.0, 240  # stand here, for --help may not import what demo.py does
 
 
 @dataclass(frozen=True)

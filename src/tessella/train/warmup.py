@@ -22,7 +22,7 @@ from tessella.train.streamed import Streamed
 from tessella.train.taught import PARTS
 
 PICTURES = 32  # of a step
-RATE = 1e-3  # the peak; 3e-4 left a third of what can be won unlearned in 120 steps
+RATE = 2e-3  # the peak; at half of it, half of the steps are lost
 TEMPERATURE = 0.07  # of the cosines
 NAME_TOKENS = 32  # a longer answer is no name
 MOST_NAMES = 65536
