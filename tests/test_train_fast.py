@@ -12,13 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft", reason="teaching goes through PEFT, which is not installed: it is in the train extra")
 
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tessella.checkpoint.read import load
 from tessella.model.attend import one_row
 from tessella.train import passes as passes_of
 from tessella.train.batch import StepData, Steps
-from tessella.train.lora import prepare
+from tessella.train.lora import LoraLinear, prepare
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe
@@ -133,3 +135,40 @@ def test_compiled_layers_make_few_graphs_for_packs_of_many_lengths_and_the_same_
     same(plain, learn(passes, taught, data))
     # Before and after attention and at the end of a decoder's layer, with and without a gradient of what comes in; the tower's.
     assert counter.frame_count <= 8
+
+
+@pytest.mark.parametrize("language", ["lora", "full"])
+def test_behind_the_last_attention_only_places_that_learn_are_run(folder: Path, tmp_path: Path, language: str) -> None:
+    recipe = recipe_of(folder, tmp_path, language=language)
+    passes, taught, data = ready(folder, recipe, 4096)
+    (pack,) = data.packs
+    passes.token_losses(passes.hidden(pack).index_select(0, pack.predict), pack).sum().backward()
+    everywhere = {name: parameter.grad for name, parameter in taught.parameters.items()}
+    passes, taught, data = ready(folder, recipe, 4096)
+    rows: list[int] = []
+    for layer in passes.model.language_model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    losses, gradients = learn(passes, taught, data)
+    assert rows == [*[sum(pack.lengths)] * (len(rows) - 1), data.learned] and data.learned < sum(pack.lengths)
+    same((losses, everywhere), (losses, gradients))
+
+
+@pytest.mark.parametrize("base_learns", [True, False])
+def test_lora_with_dropout_is_peft_s_own(base_learns: bool) -> None:
+    """base_learns: the input has a gradient, as in every layer but the lowest."""
+    torch.manual_seed(0)
+    block = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 5)}).requires_grad_(False)
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.4, target_modules=["q_proj"], init_lora_weights=False)
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
+    inject_adapter_in_model(config, block, adapter_name="default")
+    layer = block["q_proj"].train()
+
+    def run(forward: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, 42).reshape(7, 6).requires_grad_(base_learns)
+        learning = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, *([x] if base_learns else [])]
+        out = forward(x)
+        return [out.detach(), *torch.autograd.grad((out * torch.arange(35.0).reshape(7, 5)).sum(), learning)]
+
+    for mine, theirs in zip(run(layer), run(lambda x: PeftLinear.forward(layer, x)), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -72,7 +72,7 @@ def test_a_steps_loss_is_the_formula_row_by_row_and_no_split_changes_it(folder: 
     assert len(data.packs) == 1 and len(data.packs[0].lengths) == 6
 
     def log_probabilities() -> tuple[list[float], list[int]]:
-        losses, rows = passes.token_losses(passes.hidden(data.packs[0]), data.packs[0]), passes.row_of(data.packs[0])
+        losses, rows = passes.token_losses(passes.learned(data.packs[0]), data.packs[0]), passes.row_of(data.packs[0])
         return [-float(losses[rows == row].double().sum()) for row in range(6)], [int((rows == row).sum()) for row in range(6)]
 
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_steps_loss_is_the_formula_row_by_row_and_no_split_changes_it(folder: 
     untouched = load(folder, device="cpu", dtype="float32")
     original = Preference(untouched.model, recipe, prepare(untouched.model, recipe), passes.optimiser)
     with torch.no_grad():  # the reference is the model as it came, its projector too
-        losses, rows = original.token_losses(original.hidden(data.packs[0]), data.packs[0]), original.row_of(data.packs[0])
+        losses, rows = original.token_losses(original.learned(data.packs[0]), data.packs[0]), original.row_of(data.packs[0])
     assert then == pytest.approx([-float(losses[rows == row].double().sum()) for row in range(6)], abs=1e-4)
 
     rewards = [0.1 * (a - b) for a, b in zip(now, then, strict=True)]

@@ -26,10 +26,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()  # over each head by itself
         self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         seen = attend(self.layer, rotate(self.q_norm(q), *turn), rotate(self.k_norm(k), *turn), v)
-        return self.o_proj(seen.flatten(1))
+        seen = seen.flatten(1)
+        return self.o_proj(seen if wanted is None else seen.index_select(0, wanted))
 
 
 class MLP(nn.Module):
@@ -53,8 +54,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, attend)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """x (T, D) -> (T, D), or (L, D) of the places `wanted`: the others are spared what comes behind attention."""
+        seen = self.self_attn(self.input_layernorm(x), turn, attend, wanted)
+        x = (x if wanted is None else x.index_select(0, wanted)) + seen
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -80,24 +83,26 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(
-        self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int, first: int = 0, end: int | None = None
-    ) -> Tensor:
-        """embeddings (T, D), positions (T,) within each row -> normed hidden states (T, D).
+        self, embeddings: Tensor, positions: Tensor, attend: Attend, length: int, first: int = 0, end: int | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """embeddings (T, D), positions (T,) within each row -> normed hidden states (T, D), or (L, D) of the places `wanted`.
 
         length: tokens of the longest row when the run is over; it alone decides whether RoPE is stretched, so that a
         cached run and an uncached one turn by the same angles.
         first, end: run only the layers first <= i < end; embeddings are then the states before layer `first`, and with an end
         the states before layer `end` come out, not normed.
         """
-        return self.run(embeddings, rotary(self.config, positions, length, embeddings.dtype), attend, first, end)
+        return self.run(embeddings, rotary(self.config, positions, length, embeddings.dtype), attend, first, end, wanted)
 
     def run(
-        self, embeddings: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, first: int = 0, end: int | None = None
-    ) -> Tensor:
+        self, embeddings: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, first: int = 0, end: int | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """forward with the cosine and sine (T, 1, d) of each token's angles in place of positions and length."""
-        x = embeddings
-        for layer in self.model.layers[first:end]:
-            x = layer(x, turn, attend)
+        x, last = embeddings, len(self.model.layers) - 1
+        for number, layer in enumerate(self.model.layers[first:end], first):
+            x = layer(x, turn, attend, wanted if number == last else None)
         return self.model.norm(x) if end is None else x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 In: a model, what of it learns, and the shapes of a pass.  Out: floating-point operations, a product and a sum each counted.
 Only what the mathematics needs is counted: nothing that is computed again to save memory, no padding, the head at learned tokens
-alone.  A linear layer of N weights costs 2N a token forward, 2N for its input's gradient, 2N for its weights'; LoRA of P weights
+alone. The last layer counts at all tokens, as in others' formulas, though what follows its attention runs at learned ones alone.
+A linear layer of N weights costs 2N a token forward, 2N for its input's gradient, 2N for its weights'; LoRA of P weights
 6P; causal attention of n tokens 2 n^2 width forward, 2.5 times that backward.
 n tokens of a row, t patches of a tile.
 Source: arXiv:2204.02311, appendix B (PaLM); for attention's backward pass arXiv:2205.14135 (FlashAttention).

@@ -140,36 +140,44 @@ class LoraLinear(PeftLinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = isinstance(self.lora_dropout[NAME], nn.Identity) and not self.use_dora[NAME]
-        if self.merged or self.disable_adapters or args or kwargs or not plain:
+        if self.merged or self.disable_adapters or args or kwargs or self.use_dora[NAME]:
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[NAME].weight, self.lora_B[NAME].weight
+        seen: Tensor = self.lora_dropout[NAME](x)  # x itself where nothing is dropped
         if isinstance(base, Nf4Linear):
-            return base(x) + F.linear(F.linear(x, a) * self.scaling[NAME], b)
+            return base(x) + F.linear(F.linear(seen, a) * self.scaling[NAME], b)
         if not torch.is_grad_enabled():
-            return F.linear(x, base.weight, base.bias) + F.linear(F.linear(x, a) * self.scaling[NAME], b)
-        out: Tensor = LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[NAME])  # type: ignore[no-untyped-call, unused-ignore]
+            return F.linear(x, base.weight, base.bias) + F.linear(F.linear(seen, a) * self.scaling[NAME], b)
+        given = None if seen is x else x
+        out: Tensor = LowRank.apply(seen, base.weight, base.bias, a, b, self.scaling[NAME], given)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
 
 class LowRank(torch.autograd.Function):
-    """y = x W^T + bias + s (x A^T) B^T, W and bias frozen. The scale sits on the r-wide product, not on the O-wide one."""
+    """y = x W^T + bias + s (d A^T) B^T, W and bias frozen; d is x after dropout, and given is x, or None where nothing is
+    dropped. The scale sits on the r-wide product, not on the O-wide one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, d: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, given: Tensor | None
+    ) -> Tensor:
+        flat = d.reshape(-1, d.shape[-1])
         low = (flat @ a.t()).mul_(scale)
-        y = F.linear(flat, weight, bias).addmm_(low, b.t())
+        y = F.linear(flat if given is None else given.reshape(flat.shape), weight, bias).addmm_(low, b.t())
         ctx.save_for_backward(flat, low, weight, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.shape, ctx.whole = scale, d.shape, given is None
+        return y.view(*d.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, low, weight, a, b = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         grad_low = (grad @ b).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, None, grad_low.t() @ flat, grad.t() @ low, None
+        grad_d = grad_given = None
+        if ctx.whole and ctx.needs_input_grad[0]:
+            grad_d = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
+        if not ctx.whole:
+            grad_d = (grad_low @ a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            grad_given = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[6] else None
+        return grad_d, None, None, grad_low.t() @ flat, grad.t() @ low, None, grad_given

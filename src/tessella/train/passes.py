@@ -80,10 +80,12 @@ class Passes:
     def share(self, pack: Pack, step: StepData) -> Tensor:
         """What a pack adds to the loss of its step: a mean over its learned tokens, and the decoders' over its routed rows."""
         pack, seen = pack.to(self.model.device), self.tiles.computed
-        hidden = self.hidden(pack)
-        loss = words = self.token_losses(hidden, pack).sum() / step.learned
+        # Decoders read other places than the head does.
+        hidden = self.hidden(pack) if self.decoders.present else None
+        states = self.learned(pack) if hidden is None else hidden.index_select(0, pack.predict)
+        loss = words = self.token_losses(states, pack).sum() / step.learned
         self.done += self.work.of(pack, len(pack.tiles) if self.frozen is None else self.tiles.computed - seen)
-        if not self.decoders.present:
+        if hidden is None:
             return loss
         parts = {"words": words.detach()}
         for kind, missed in self.decoders.losses(View(hidden, pack.tiles, pack.tiles_of), pack.placed).items():
@@ -95,22 +97,26 @@ class Passes:
     def loss(self, pack: Pack) -> Tensor:
         """Cross-entropy summed over the learned tokens of a pack, a scalar."""
         pack = pack.to(self.model.device)
-        return self.token_losses(self.hidden(pack), pack).sum()
+        return self.token_losses(self.learned(pack), pack).sum()
 
-    def hidden(self, pack: Pack) -> Tensor:
-        """The hidden states (T, D) of a pack that lies on the device."""
+    def learned(self, pack: Pack) -> Tensor:
+        """The hidden states (L, D) behind which a token is learned; the last layer answers at these places alone."""
+        return self.hidden(pack, pack.predict)
+
+    def hidden(self, pack: Pack, wanted: Tensor | None = None) -> Tensor:
+        """The hidden states (T, D) of a pack that lies on the device, or (L, D) of the places wanted."""
         if self.lowest:
             states = torch.cat(self.rows(pack.keys, lambda places: [self.below(pack.row(place)) for place in places]))
         else:
             states = self.embed(pack)
-        return self.model.language_model(states, pack.positions, self.attend(pack), max(pack.lengths), first=self.lowest)
+        longest = max(pack.lengths)
+        return self.model.language_model(states, pack.positions, self.attend(pack), longest, first=self.lowest, wanted=wanted)
 
-    def token_losses(self, hidden: Tensor, pack: Pack) -> Tensor:
-        """Cross-entropy of each learned token, (L,) float32, from the hidden states (T, D) of a pack that lies on the device.
+    def token_losses(self, states: Tensor, pack: Pack) -> Tensor:
+        """Cross-entropy of each learned token, (L,) float32, from the hidden states (L, D) before it.
 
         Logits are made at these L positions alone, and in pieces: beyond one piece they are made again in the backward pass.
         """
-        states = hidden.index_select(0, pack.predict)
         rows = max(1, LOGITS_AT_ONCE // self.model.config.language.vocab_size)
         pieces = zip(states.split(rows), pack.targets.split(rows), strict=True)
         if len(states) <= rows or not torch.is_grad_enabled():

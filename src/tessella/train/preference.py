@@ -119,8 +119,8 @@ class Preference(Passes):
         pack = pack.to(self.model.device)
         self.done += self.work.of(pack, 0) * 1.5  # two passes forward and one backward
         with torch.no_grad(), self.reference():
-            reference = self.row_sums(-self.token_losses(self.hidden(pack), pack), pack)
-        losses = self.token_losses(self.hidden(pack), pack)
+            reference = self.row_sums(-self.token_losses(self.learned(pack), pack), pack)
+        losses = self.token_losses(self.learned(pack), pack)
         rewards = (self.beta * (self.row_sums(-losses, pack) - reference)).view(-1, 2)
         chosen, rejected = rewards.unbind(1)
         self.unread.append(torch.stack(((chosen - rejected).sum(), (chosen > rejected).sum(), rewards.new_tensor(len(rewards)))))
