@@ -51,6 +51,14 @@ def test_help_lists_the_commands_that_exist_and_no_other() -> None:
     assert "{" + ",".join(COMMANDS) + "}" in text
 
 
+def test_the_flags_of_finetune_stand_in_groups_by_topic() -> None:
+    _, head, text = tessella("finetune", "--help").stdout.partition(" data options ")
+    flags = ("--max-tiles", "learning options", "--lora-rank", "running options", "--output", "decoders options")
+    assert head
+    places = [text.index(f" {flag} ") for flag in (*flags, "--scenes")]
+    assert places == sorted(places)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_teaches_by_example(name: str) -> None:
     text = tessella(name, "--help").stdout

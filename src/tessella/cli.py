@@ -68,7 +68,7 @@ def parse(words: Sequence[str]) -> Command:
     kind, about = COMMANDS[name]
     if kind is Finetune:
         recipe = recipe_among(words[1:])
-        default = Finetune(recipe=load_recipe(recipe))
+        default = Finetune.of(load_recipe(recipe))
         finetune = tyro.cli(
             Finetune, prog="tessella finetune", description=about, args=list(words[1:]), default=default, config=FORM
         )

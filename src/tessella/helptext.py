@@ -31,7 +31,8 @@ examples:
   tessella finetune recipes/grocery.toml --nproc 8 --parallel fsdp2     eight GPUs; recipes/launch/ has several machines
   tessella finetune --model ./InternVL2-2B --data sivqa_llava.json --output runs/food
 
-Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B"""
+Look at the data first: tessella inspect sivqa_llava.json --model ./InternVL2-2B
+The flags below stand in four groups: data, learning, running, decoders. --data and --output are all that is needed."""
 
 CONVERT = """Any layout into any other, and the proof that nothing changed.
 
