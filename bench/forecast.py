@@ -41,9 +41,11 @@ GPU_WAYS: dict[str, dict[str, Any]] = {
 RUN = """
 import json, sys, torch
 from pathlib import Path
+from tessella.exam import exam_of
 from tessella.train.loop import train
 from tessella.train.recipe import load_recipe
-train(load_recipe(Path(sys.argv[1])))
+recipe = load_recipe(Path(sys.argv[1]))
+train(recipe, exam=exam_of(recipe))  # as tessella finetune does, but for the page at the end
 Path(sys.argv[2]).write_text(json.dumps(torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0))
 """
 

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +15,9 @@ pytest.importorskip("peft", reason="teaching goes through PEFT, which is not ins
 
 from tessella.cli import main
 from tessella.errors import MemoryError_, TrainingError
-from tessella.train.forecast import duration, fitted, measured
+from tessella.inspection import eyes
+from tessella.train.dataset import read_recipe_data
+from tessella.train.forecast import duration, epoch_of, fitted, forecast, measured
 from tessella.train.measuring import measure
 from tessella.train.recipe import Recipe
 from tiny import tiny_folder
@@ -57,7 +60,7 @@ def test_the_passes_of_a_run_are_measured_and_a_forecast_is_told(
     assert [one.tokens for one, _ in found.passes] == sorted(one.tokens for one, _ in found.passes)
     assert all(clock.cpu_s > 0 for _, clock in found.passes)
     assert found.tile_bytes == 4 * 4 * 128 and found.row_bytes > 0  # 4 visual tokens of 4 * 32 features, float32
-    assert not (recipe.output / "measured.safetensors").exists()
+    assert (recipe.output / "adapter").is_dir() and (recipe.output / "metrics.jsonl").is_file()
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     monkeypatch.setattr("tessella.inspection.measured", lambda _: json.loads(json.dumps(asdict(found))))
     assert main(["inspect", "--recipe", str(tmp_path / "recipe.toml"), "--forecast", "--json", str(tmp_path / "out.json")]) == 0
@@ -72,6 +75,25 @@ def test_the_passes_of_a_run_are_measured_and_a_forecast_is_told(
     )
     assert main(["inspect", "--recipe", str(tmp_path / "recipe.toml"), "--forecast"]) == 0
     assert "! it will not fit: --" in capsys.readouterr().out
+
+
+def test_looks_before_the_first_step_and_scored_answers_are_counted(recipe: Recipe) -> None:
+    clock = {"wall_s": 1.0, "cpu_s": 1.0}
+    nothing = {"wall_s": 0.0, "cpu_s": 0.0}
+    found = dict.fromkeys(("start", "build", "tile", "update", "save", "result"), nothing) | {
+        "device": "cpu", "passes": [[shape(100, 1000), nothing]], "held_out": [shape(10, 100), nothing], "answer": clock,
+        "peaks": [[100, 1000]], "row_bytes": 0, "tile_bytes": 0, "base_bytes": 0, "free_bytes": 10**9,
+    }  # fmt: skip
+    inputs, _ = eyes(recipe.model, None)
+    data = read_recipe_data(recipe, inputs)
+    few: dict[str, Any] = {"score_samples": 0, "sample_answers": 1}
+    cases: list[tuple[dict[str, Any], int, int]] = [
+        ({}, 2, 2), ({"evaluate_every": 2}, 4, 2), ({"evaluate_every": 0}, 1, 2), (few, 2, 1),
+    ]  # fmt: skip
+    for fields, looks, answers in cases:
+        one = replace(recipe, **fields)  # five steps
+        will = forecast(one, data, epoch_of(one, data, inputs), inputs, found)
+        assert will.parts["held-out"] == pytest.approx(looks * answers)
 
 
 def test_what_cannot_be_measured_says_why(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

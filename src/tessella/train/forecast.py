@@ -23,7 +23,7 @@ from tessella.inputs import Inputs
 from tessella.train.batch import KEPT_BYTES, Steps
 from tessella.train.dataset import RecipeData
 from tessella.train.features import SHARE_OF_FREE
-from tessella.train.held_out import MOST_HELD_OUT
+from tessella.train.held_out import MOST_HELD_OUT, answers_of
 from tessella.train.packing import Plan
 from tessella.train.recipe import Recipe
 from tessella.train.sample import Sample
@@ -87,7 +87,7 @@ def measured(recipe: Recipe) -> dict[str, Any]:
     """What a process of its own measures: measuring.Measured as JSON. Raises TrainingError, MemoryError_."""
     with tempfile.TemporaryDirectory(prefix="tessella-forecast-") as folder:
         file, out = Path(folder, "recipe.toml"), Path(folder, "measured.json")
-        few = replace(recipe, output=Path(folder, "run"), resume=False, tensorboard=False, preflight_s=0.0, max_bad_share=1.0)
+        few = replace(recipe, output=Path(folder, "run"), resume=False, trackers=(), max_bad_share=1.0)
         file.write_text(few.to_toml(), encoding="utf-8")
         command = [sys.executable, "-m", "tessella.train.measuring", str(file), str(out)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -125,20 +125,20 @@ def _seconds(
     in_workers = found["device"] != "cpu" and recipe.workers > 0 and kind == "wall_s"
     built = seen * len(data.train) if recipe.augment == "none" else steps * recipe.samples_per_step
     held_out = list(data.held_out)[:MOST_HELD_OUT]
-    looks = 1 + ((steps - 1) // recipe.evaluate_every if recipe.evaluate_every else 0)
+    looks = 2 + (steps - 1) // recipe.evaluate_every if recipe.evaluate_every else 1  # before the first step, too
     saves = 1 + ((steps - 1) // recipe.save_every if recipe.save_every else 0)
     shape, clock = found["held_out"]
     of_token = clock[kind] / max(1, shape["tokens"])
     new_tiles = seen * _tiles(data.train, inputs) + _tiles(held_out, inputs) if recipe.caches_features else 0.0
-    asked = min(recipe.sample_answers, len(held_out))
+    asked = min(answers_of(recipe), len(held_out))
     return {
         "start": found["start"][kind],
         "passes": sum(of_step[step % len(of_step)] for step in range(steps)),
         "frozen parts": new_tiles * found["tile"][kind],
         "updates": steps * found["update"][kind],
-        "reading pictures": 0.0 if in_workers else (built + len(held_out)) * found["build"][kind],
+        "reading pictures": 0.0 if in_workers else (built + len(held_out) + asked) * found["build"][kind],
         "held-out": looks * (of_token * sum(sample.tokens for sample in held_out) + asked * found["answer"][kind]),
-        "saves": saves * found["save"][kind],
+        "saves": saves * found["save"][kind] + found["result"][kind],
     }
 
 

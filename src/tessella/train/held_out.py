@@ -69,6 +69,11 @@ class Seen:
         return out | self.general
 
 
+def answers_of(recipe: Recipe) -> int:
+    """Held-out questions that are asked each time, where there is an exam: some to be shown, some to be scored."""
+    return max(recipe.sample_answers, recipe.score_samples)
+
+
 class GivesLoss(Protocol):
     """Passes, or a Layout of them."""
 
@@ -149,7 +154,7 @@ class HeldOut:
 
     def _prompts(self) -> list[tuple[Sample, ModelInput]]:
         """The first held-out questions that can be asked."""
-        wanted = max(self.recipe.sample_answers, self.recipe.score_samples if self.exam is not None else 0)
+        wanted = self.recipe.sample_answers if self.exam is None else answers_of(self.recipe)
         prompts: list[tuple[Sample, ModelInput]] = []
         for sample in self.samples:
             if len(prompts) == wanted:

@@ -15,20 +15,27 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from rich.console import Console
 
 from tessella.errors import ConfigError, TessellaError, is_out_of_memory
 from tessella.inputs import Inputs, ModelInput
 from tessella.model.device import free_bytes
 from tessella.train.batch import Pack, Steps, pack
 from tessella.train.begin import load_to_teach
-from tessella.train.held_out import HeldOut
+from tessella.train.held_out import HeldOut, answers_of
 from tessella.train.limits import Stop
+from tessella.train.log import Log
 from tessella.train.lora import prepare
 from tessella.train.optimiser import Optimiser
 from tessella.train.passes import Passes
 from tessella.train.recipe import Recipe, load_recipe
+from tessella.train.record import Record
+from tessella.train.result import save_result
+from tessella.train.samples_seen import write_list
+from tessella.train.state import Progress, save
 from tessella.train.supply import supply
+from tessella.train.trackers import open_trackers
+from tessella.train.world import World
 
 HELD_OUT = 4  # samples whose loss is measured
 PASSES = 3  # of a run's passes are measured: the lightest, the middle and the heaviest one
@@ -56,14 +63,15 @@ class Measured:
     """One object of measured.json. Bytes are of the device that computes: of a CPU this process's largest resident set."""
 
     device: str
-    start: Clock  # weights, data and adapters
+    start: Clock  # imports, weights, data and the look at it, adapters, what a run writes before its first step
     build: Clock  # one sample on average: decoding, cutting, tokens
     passes: tuple[tuple[Shape, Clock], ...]  # forward and backward, what frozen parts say already kept
     tile: Clock  # one new tile through what is frozen
     update: Clock  # the optimiser's step
     held_out: tuple[Shape, Clock]  # forward alone
-    answer: Clock  # one answer to a held-out question
+    answer: Clock  # one of the answers to held-out questions, asked together
     save: Clock  # one checkpoint
+    result: Clock  # what was learned, written at the end
     peaks: tuple[tuple[int, int], ...]  # (tokens of the heaviest pass so far, peak bytes)
     row_bytes: int  # of one built row on average, kept for later epochs
     tile_bytes: int  # of what frozen parts say of one tile
@@ -136,6 +144,7 @@ def shape_of(one: Pack) -> Shape:
 def measure(recipe: Recipe) -> Measured:
     """Run a few passes, an update, a look at held-out samples and a save, and read clock and memory behind each."""
     bench = Bench(recipe)
+    log = _open(bench)
     # Since the process began: a run reads torch and PEFT from the disk, too.
     start = Clock(time.time() - psutil.Process().create_time(), time.process_time())
     base, free = bench.peak(), free_bytes(bench.device)
@@ -152,21 +161,24 @@ def measure(recipe: Recipe) -> Measured:
         peaks.append((len(one.ids), bench.peak()))
     model.eval()
     held, held_clock, answer = _held_out(bench)
-    save = bench.clock(lambda: _save(bench, recipe.output))
+    save_clock = bench.clock(lambda: _save(bench))
+    result = bench.clock(lambda: save_result(recipe, bench.loaded, bench.taught, bench.optimiser.values()))
+    with log:
+        pass  # closed
     tiles = sum(count for count, _, _ in fresh)
     rows_built = sum(count for count, _ in built)
     kept = max(1, len(bench.passes.tiles.kept))
     return Measured(
         str(bench.device), start, _mean([clock for _, clock in built], rows_built), tuple(passes),
         _mean([Clock(max(0.0, a.wall_s - b.wall_s), max(0.0, a.cpu_s - b.cpu_s)) for _, a, b in fresh], tiles), update,
-        (held, held_clock), answer, save, (*peaks, (peaks[-1][0], bench.peak())),
+        (held, held_clock), answer, save_clock, result, (*peaks, (peaks[-1][0], bench.peak())),
         bench.steps.kept_bytes // max(1, len(bench.steps.kept)), bench.passes.tiles.num_bytes // kept, base, free,
     )  # fmt: skip
 
 
 def _held_out(bench: Bench) -> tuple[Shape, Clock, Clock]:
     """Loss of a few held-out samples, and one answer; zeros where nothing is held out."""
-    few = replace(bench.recipe, sample_answers=min(1, bench.recipe.sample_answers))
+    few = replace(bench.recipe, sample_answers=min(HELD_OUT, answers_of(bench.recipe)))
     looker = HeldOut(list(bench.data.held_out)[:HELD_OUT], bench.loaded, bench.passes, few)
     if not looker.samples:
         return Shape(0, 0, 0), Clock(0, 0), Clock(0, 0)
@@ -175,13 +187,26 @@ def _held_out(bench: Bench) -> tuple[Shape, Clock, Clock]:
     clock = bench.clock(lambda: looker.loss(stop))
     shapes = [shape_of(one) for one in looker.packs or ()]
     whole = Shape(*(sum(column) for column in zip(*(astuple(shape) for shape in shapes), strict=True)))
-    return whole, clock, bench.clock(looker.answers)
+    asked = min(few.sample_answers, len(looker.samples))
+    return whole, clock, _mean([bench.clock(looker.answers)], asked)
 
 
-def _save(bench: Bench, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in bench.optimiser.state().items()}, folder / "measured.safetensors")
-    (folder / "measured.safetensors").unlink()
+def _open(bench: Bench) -> Log:
+    """What a run writes before its first step; TensorBoard and what it needs are read from the disk, too."""
+    recipe, data = bench.recipe, bench.data
+    Record(recipe, World()).start(bench.loaded, bench.taught, data.train, data.held_out, data.ledger, len(bench.steps))
+    write_list(recipe.output, data.train)
+    quiet = Console(quiet=True)
+    return Log(
+        recipe.output, total_steps=len(bench.steps), first_step=0, device=bench.device, console=quiet,
+        trackers=lambda first_step: open_trackers(recipe, first_step),
+    )  # fmt: skip
+
+
+def _save(bench: Bench) -> None:
+    """A checkpoint, as a run writes it: hashed, and waited for until it lies on the disk."""
+    total = len(bench.steps)
+    save(bench.recipe.output, Progress(total, total, bench.recipe.settled(), "", 0.0), bench.optimiser.state(), keep=1)
 
 
 def _mean(clocks: list[Clock], count: int) -> Clock:
