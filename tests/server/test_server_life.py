@@ -164,6 +164,15 @@ def test_what_runs_too_long_after_sigterm_is_broken_off() -> None:
             assert soon(lambda: server.engine.cancelled == 1)
 
 
+def test_a_body_that_is_not_whole_when_the_drain_ends_is_refused_in_openais_form() -> None:
+    with live(drain_s=0.3) as server, raw(server, head(100) + b'{"model"') as slow:
+        assert soon(lambda: bool(server.server.server_state.tasks))
+        server.server.handle_exit(signal.SIGTERM, None)
+        slow.settimeout(30)
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503") and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "draining"
+
+
 def test_a_taken_port_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(folder()), "--port", str(taken.getsockname()[1])]) == 2

@@ -4,6 +4,7 @@ In: an ASGI request.  Out: the same, passed on with who asks (scope["state"]["cl
 In this order: host and origin (a web page must not reach a server on its visitor's machine), key, rate, how many at once.
 """
 
+import asyncio
 import ipaddress
 import secrets
 from collections.abc import Callable
@@ -47,8 +48,12 @@ class Door:
         extra = {**HEADERS, "x-request-id": secrets.token_hex(8)}
         scope.setdefault("state", {})["request_id"] = extra["x-request-id"]
 
+        begun = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self.metrics.answered(scope["path"], message["status"])
                 MutableHeaders(scope=message).update(extra)
             await send(message)
@@ -71,6 +76,13 @@ class Door:
             with self.at_once.held(client):
                 await self.app(scope, receive, send_with_headers)
         except Refusal as refusal:
+            self.metrics.refused(refusal)
+            await refusal.response()(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            if begun or not self.draining():
+                raise
+            # The server's last act for a body that was still arriving; its own answer would be a bare 500.
+            refusal = Refusal(503, "the server is stopping, and the request was not whole in time", code="draining", retry_s=5)
             self.metrics.refused(refusal)
             await refusal.response()(scope, receive, send_with_headers)
 
