@@ -82,9 +82,9 @@ class Door:
             if begun or not self.draining():
                 raise
             # The server's last act for a body that was still arriving; its own answer would be a bare 500.
-            refusal = Refusal(503, "the server is stopping, and the request was not whole in time", code="draining", retry_s=5)
-            self.metrics.refused(refusal)
-            await refusal.response()(scope, receive, send_with_headers)
+            late = Refusal(503, "the server is stopping, and the request was not whole in time", code="draining", retry_s=5)
+            self.metrics.refused(late)
+            await late.response()(scope, receive, send_with_headers)
 
     def _check_size(self, scope: Scope) -> None:
         """What came in one piece was not measured by h11, which only bounds what it keeps."""
