@@ -104,3 +104,13 @@ def test_shaking_moves_weights_as_rounding_does() -> None:
     rounded = weight.bfloat16().float() - weight
     assert moved.square().mean() == pytest.approx(float(rounded.square().mean()), rel=0.05)
     assert bool((moved.abs() <= 2**-8 * weight.abs()).all())
+
+
+def test_a_shift_that_all_logits_of_a_token_share_neither_refuses_nor_excuses() -> None:
+    """Rounding moves them together by chance, and no answer depends on it."""
+    chance = torch.Generator().manual_seed(0)
+    logits, one, other = (torch.randn(50, 400, generator=chance) for _ in range(3))
+    shift = 0.1 * torch.randn(50, 1, generator=chance)
+    plainly = [logits + 0.01 * one]
+    assert compare([logits], [logits + 0.01 * other + shift], torch.bfloat16, shaken=plainly).holds
+    assert not compare([logits], [logits + 0.02 * other], torch.bfloat16, shaken=[logits + 0.01 * one + shift]).holds
