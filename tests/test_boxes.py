@@ -15,7 +15,7 @@ from tessella.evaluate.boxes import SceneAnswer, ap50, mask_overlaps, score_answ
 from tessella.foods import STYLES
 from tessella.marks import Box as MarkBox
 from tessella.marks import boxes_in, draw_boxes, from_run_lengths, run_lengths
-from tessella.model.decoders.boxes import BoxConfig, BoxDecoder, Found, found_objects
+from tessella.model.decoders.boxes import BoxConfig, BoxDecoder, Found, found_objects, mask_side
 from tessella.scenes.coco import CocoRequest, mask_of, read_coco
 from tessella.scenes.compose import Kit, compose, photos_in
 from tessella.scenes.requests import BOX_KINDS, PICTURE_KINDS, PLAIN_KINDS, Request
@@ -133,6 +133,15 @@ def test_fillers_behind_a_picture_with_fewer_classes_change_nothing() -> None:
         filled = decoder(levels, tiles, words, torch.tensor([[True, False]]))[-1]
     torch.testing.assert_close(alone.scores[..., 0], filled.scores[..., 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(alone.boxes, filled.boxes, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [32, 42, 44, 45])
+def test_masks_that_are_aimed_at_are_as_large_as_those_that_are_guessed(side: int) -> None:
+    decoder = BoxDecoder(BoxConfig(16, 8, (1,), width=48, heads=4, layers=1, objects=4)).eval()
+    levels, words = [torch.randn(1, 4, 4, 8)], torch.randn(1, 1, 4, 16)
+    with torch.no_grad():
+        guessed = decoder(levels, torch.randn(1, 3, side, side), words, torch.tensor([[True]]))[-1].masks
+    assert guessed is not None and guessed.shape[-1] == mask_side(side)
 
 
 def test_a_pictures_loss_is_the_same_alone_and_in_company() -> None:

@@ -40,6 +40,11 @@ class BoxGuess:
     masks: Tensor | None  # (N, Q, S/4, S/4) logits; the first stage has none
 
 
+def mask_side(tile_side: int) -> int:
+    """S/4, rounded up: the stem halves a tile twice."""
+    return -(-tile_side // 4)
+
+
 class BoxDecoder(nn.Module):
     """The decoder of [DET], [GRD] and [SEG]. Runs in float32 whatever the model does."""
 

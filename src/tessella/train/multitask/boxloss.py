@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tessella.model.decoders.boxes import BoxGuess, corners
 from tessella.train.multitask.rows import Aim
+from tessella.transfer import sent
 
 CLASS, L1, GIOU, MASK, DICE = 2.0, 5.0, 2.0, 5.0, 5.0  # weights as in Mask DINO, arXiv:2206.02777
 FOCUS, SHARE = 2.0, 0.25  # gamma and alpha of the focal loss
@@ -50,7 +51,7 @@ def targets_of(pictures: Sequence[Sequence[Aim]], device: torch.device) -> Targe
             classes[number, mine], boxes[number, mine] = which, aim.boxes
             masks[number, mine], known[number, mine] = aim.masks, aim.known
             at = mine.stop
-    there = [torch.from_numpy(one).to(device, non_blocking=True) for one in (classes, boxes, masks, known)]
+    there = [sent(torch.from_numpy(one), device) for one in (classes, boxes, masks, known)]
     return Targets(counts, there[0], there[1], there[2].float(), there[3])
 
 
@@ -58,7 +59,8 @@ def box_loss(guesses: Sequence[BoxGuess], targets: Targets, asked: Tensor) -> Te
     """The mean loss (N,) of the first stage and every layer. asked (N, K) bool: false on fillers."""
     places = match(guesses, targets)
     losses = [layer_loss(guess, targets, asked, mine) for guess, mine in zip(guesses, places, strict=True)]
-    return torch.stack(losses).mean(0)
+    objects = sent(torch.tensor([max(1, count) for count in targets.counts]), places.device)
+    return torch.stack(losses).mean(0) / objects
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def match(guesses: Sequence[BoxGuess], targets: Targets) -> Tensor:
             mine, theirs = linear_sum_assignment(costs[number, start:end, :count])
             places[layer, number, theirs] = mine
             start = end
-    return torch.from_numpy(places).to(targets.classes.device)
+    return sent(torch.from_numpy(places), targets.classes.device)
 
 
 def cost_of(guess: BoxGuess, targets: Targets) -> Tensor:
@@ -90,9 +92,8 @@ def cost_of(guess: BoxGuess, targets: Targets) -> Tensor:
 
 
 def layer_loss(guess: BoxGuess, targets: Targets, asked: Tensor, places: Tensor) -> Tensor:
-    """The loss (N,) of one layer after matching, places (N, M); means over a picture's objects."""
+    """The loss (N,) of one layer after matching, places (N, M), summed over a picture's objects."""
     matched, at = (places >= 0).float(), places.clamp(min=0)
-    count = torch.tensor([max(1, count) for count in targets.counts], device=matched.device)
     scores = guess.scores.masked_fill(~asked[:, None], SILENT)
     n, q, k = scores.shape
     wanted = scores.new_zeros(n, q * k).scatter_add(1, at * k + targets.classes, matched).view(n, q, k)
@@ -105,7 +106,7 @@ def layer_loss(guess: BoxGuess, targets: Targets, asked: Tensor, places: Tensor)
         drawn = guess.masks.gather(1, at[..., None, None].expand(-1, -1, *guess.masks.shape[-2:]))
         missed = F.binary_cross_entropy_with_logits(drawn, targets.masks, reduction="none").mean((2, 3))
         loss = loss + ((MASK * missed + DICE * dice(drawn, targets.masks)) * known).sum(1)
-    return loss / count
+    return loss
 
 
 def focal(logits: Tensor, wanted: Tensor) -> Tensor:

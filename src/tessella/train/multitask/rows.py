@@ -14,6 +14,7 @@ from PIL import Image
 
 from tessella.chat import Message
 from tessella.inputs import Inputs, ModelInput, Picture
+from tessella.model.decoders.boxes import mask_side
 from tessella.routes import Kind, Route, Routes
 from tessella.scenes.requests import Asks
 from tessella.scenes.truth import Truth
@@ -45,9 +46,6 @@ def aim_of(truth: Truth, side: int) -> Aim:
     for place, mask in enumerate(truth.masks):
         masks[place] = F.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, dtype=np.float32))[None], side)[0].numpy()
     return Aim(boxes, masks, bool(truth.masks), truth.picture)
-
-
-MASK_PART = 4  # a mask's side is the tile's, divided by this
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +86,7 @@ def placed(rows: Sequence[ModelInput]) -> tuple[Placed, ...]:
             begins = {route.first: route for route in row.routes.each}
             starts = [(place, begins[query]) for place, query in enumerate(row.queries.tolist()) if query in begins]
             assert len(starts) == len(row.truths), "each routing token has its truth"
-            side = row.tiles.shape[-1] // MASK_PART
+            side = mask_side(row.tiles.shape[-1])
             found += [
                 Placed(number, offset + place, route, aim_of(truth, side))
                 for (place, route), truth in zip(starts, row.truths, strict=True)

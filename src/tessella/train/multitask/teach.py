@@ -22,6 +22,7 @@ from tessella.model.vision_language import VisionLanguageModel
 from tessella.routes import Kind, routes_for
 from tessella.train.multitask.rows import Placed
 from tessella.train.recipe import Recipe
+from tessella.transfer import sent
 
 
 def as_tensor(picture: Image.Image, side: int) -> Tensor:
@@ -137,4 +138,4 @@ class Decoders:
 def _states(hidden: Tensor, starts: Sequence[Sequence[int]], queries: int) -> Tensor:
     """hidden (T, D), N rows of K places where queries begin -> (N, K, queries, D)."""
     first = torch.tensor(starts)[..., None] + torch.arange(queries)
-    return hidden[first.to(hidden.device, non_blocking=True)]
+    return hidden[sent(first, hidden.device)]
