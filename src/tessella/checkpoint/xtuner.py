@@ -124,7 +124,8 @@ def _code_in(path: Path) -> list[str]:
     """Names of code in an old pickle, which is no zip, read without running it; those of tensors are left out."""
     found: list[str] = []
     words: list[str] = []
-    with path.open("rb") as file, contextlib.suppress(ValueError):  # behind the pickles lie the numbers
+    # Behind the pickles lie the numbers, which read as operations end in one of these, a length of petabytes among them.
+    with path.open("rb") as file, contextlib.suppress(ValueError, OverflowError, MemoryError):
         while True:
             for operation, argument, _place in pickletools.genops(file):
                 if operation.name == "GLOBAL":
