@@ -1,7 +1,7 @@
 """The same run on one process and on several: loss by step, samples a second, memory of each.
 
     python bench/scale.py MODEL --ways ddp zero2 zero3 fsdp2 --nproc 2        two GPUs; MODEL: bench/folder.py's, say
-    python bench/scale.py MODEL --ways ddp --tiny                              a trial on a CPU
+    python bench/scale.py SMALL --ways ddp --tiles 1 --steps 8 --report-every 2    a trial on a CPU; SMALL: bench/folder.py --tiny
 
 Every way is `tessella finetune` with the same recipe, data, order and samples a step, in a process of its own. Speed is that of
 the steps after the first report; loss is compared at every report.
@@ -33,7 +33,6 @@ class Options:
     samples_per_step: int = 16
     steps: int = 24
     report_every: int = 4
-    tiny: bool = False
     limit_s: int = 120  # of one run
     json: Path | None = None
 

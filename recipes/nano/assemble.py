@@ -82,7 +82,7 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def again(args: argparse.Namespace) -> None:
-    """instruct.toml goes on from OUT/adapter with further = "same": scale 2, as its rank and alpha say."""
+    """again.toml goes on from OUT/adapter with further = "same": scale 2, as its rank and alpha say."""
     assets, out = Path(args.assets), Path(args.out)
     tower, projector, lora = (read_packed(assets / name) for name in (TOWER, PROJECTOR, LORA))
     base = write_nano(tower, projector, None, out / "base", force=True)

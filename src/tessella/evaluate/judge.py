@@ -97,10 +97,9 @@ def _read(path: Path) -> Judged:
 
 def teach(steps: int) -> Judge:
     """Cross-entropy over views of the shipped drawings in all styles. The same steps give the same judge on one machine."""
-    chance = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    judge = Judge(len(foods())).train()
-    torch.random.set_rng_state(chance)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        judge = Judge(len(foods())).train()
     adam = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.02)
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=steps)
     for pictures, wanted in _views("taught", steps, VIEWS_A_STEP):

@@ -107,9 +107,7 @@ def find_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give one that holds runs, as finetune's --output names them")
     found = [read_run(place) for place in _places(folder, DEEPEST)]
-    return sorted(
-        found, key=lambda run: (str(run.record.get("origin", {}).get("date", "")), run.record.get("began", 0.0), str(run.folder))
-    )
+    return sorted(found, key=lambda run: (*run.began, str(run.folder)))
 
 
 def _places(folder: Path, deepest: int) -> Iterator[Path]:
