@@ -217,6 +217,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=None, help="peak learning rate of every connector")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="CONNECTOR")
     args = parser.parse_args()
+    if not (args.data / "tiny-imagenet-classes.json").is_file():
+        parser.error(f"--data {args.data} holds no tiny-imagenet-classes.json; give the folder with the Tiny-ImageNet tars")
     plan = SMALL if args.small else Plan()
     if torch.cuda.is_available() and len(args.seeds) > 1 and not args.one_by_one:
         side_by_side(args.out, args.seeds)
